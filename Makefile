@@ -1,0 +1,40 @@
+# make demo      train on the embedded pictures, evaluate, write runs/demo/report.html
+# make test      format, lint, types and all tests but the slow ones
+# make test-all  the slow ones too
+# make test-fast the subset that a second Python runs (VENV=.venv312 PYTHON=python3.12)
+# make lock      requirements.txt anew from setup.py (needs uv)
+
+VENV ?= .venv
+PYTHON ?=
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+.PHONY: demo test test-all test-fast check setup lock clean
+
+setup:
+	@PYTHON="$(PYTHON)" bash launch/setup.sh $(VENV)
+
+demo: setup
+	$(BIN)/python -m navit_jax.train --config=configs/smoke.py --workdir=runs/demo
+	$(BIN)/python -m navit_jax.evaluate --workdir=runs/demo --sides=32,48,64,96,128
+	$(BIN)/python -m navit_jax.report runs/demo
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+test: check
+	$(PYTEST) -n 2 -m "not slow"
+
+test-all: check
+	$(PYTEST) -n 2
+
+test-fast: setup
+	$(PYTEST) -n 2 -m fast
+
+lock:
+	uv pip compile --quiet --universal --generate-hashes --no-header \
+	  --python-version 3.11 --extra test setup.py -o requirements.txt
+
+clean:
+	rm -rf .venv* .cache runs *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""Compiles what a run executes on its devices: the first state, and the step.
+
+Shapes first, arrays last: the state is described, given shardings, and then made where
+it belongs, so no device ever holds more than its share.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from navit_jax import config as config_lib
+from navit_jax import experiment, initialise, optim, sharding, train_state
+from navit_jax.batch import PackedBatch
+from navit_jax.tasks import Task
+from navit_jax.train_state import TrainState
+
+
+class Program:
+    """The state of a config on a mesh: its shapes, shardings, first values, step.
+
+    Attributes:
+      abstract: TrainState of shapes, dtypes and shardings.
+      schedule: Learning rate by count of updates.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        task: Task,
+        example: PackedBatch,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Describes the state.
+
+        Args:
+          example: A host batch of the global shapes; its content does not matter.
+        """
+        self._config, self._task, self._mesh = config, task, mesh
+        self._options = experiment.train_options(config)
+        self._example = example
+        key = jax.random.key(config["seed"])
+        params = jax.eval_shape(task.init, key, example)
+        self._tx, self.schedule = optim.build(config["optim"], config["steps"], params)
+        shapes = jax.eval_shape(self._init, key)
+        self._shardings = sharding.state_shardings(shapes, params, mesh)
+        self.abstract: TrainState = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+            shapes,
+            self._shardings,
+        )
+
+    def first_state(self) -> TrainState:
+        """Fresh values, or parameters that `model.init` loads, already sharded."""
+        init = jax.jit(self._init, out_shardings=self._shardings)
+        state = init(jax.random.key(self._config["seed"]))
+        section = self._config["model"].get("init")
+        if not section:
+            return state
+        params = config_lib.call(
+            initialise.from_run, section, "model.init", params=state.params
+        )
+        ema = jax.tree.map(lambda x: x.copy(), params) if self._options.ema else {}
+        return dataclasses.replace(state, params=params, ema=ema)
+
+    def step(self) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+        """The jitted (state, batch, signals) -> (state, metrics); donates the state."""
+        rows = sharding.batch_sharding(self._mesh)
+        shards = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
+        step = functools.partial(
+            train_state.train_step,
+            task=self._task,
+            tx=self._tx,
+            seed=self._config["seed"],
+            accumulate=self._options.accumulate,
+            shards=shards,
+            ema_decay=self._options.ema,
+        )
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(self._shardings, rows, rows),
+            out_shardings=(self._shardings, NamedSharding(self._mesh, P())),
+        )
+
+    def _init(self, key: jax.Array) -> TrainState:
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._example)
+        return train_state.init_state(
+            self._task, self._tx, key, batch, self._options.ema
+        )

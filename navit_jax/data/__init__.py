@@ -1,0 +1,208 @@
+"""From sources to packed batches on the host: numpy only, no worker touches a device.
+
+The chain: planned batches -> this host's rows -> load -> iterate -> worker processes.
+grain iterates; the plan (`plan.py`) decides everything else, so the number of threads,
+workers and hosts changes no batch.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+
+from navit_jax import config as config_lib
+from navit_jax.batch import BatchInfo, PackedBatch
+from navit_jax.data import crop as crops
+from navit_jax.data import resolution as resolutions
+from navit_jax.data import token_drop as drops
+from navit_jax.data.load import Loader
+from navit_jax.data.plan import Plan
+from navit_jax.data.records import StoredSource
+from navit_jax.data.rows import Batches
+from navit_jax.data.sizes import size_table
+from navit_jax.data.sources import SOURCES
+from navit_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Sources, the plan over them, and how their images are loaded.
+
+    Attributes:
+      plan: What is planned.
+      loader: Reads and packs planned rows.
+      threads: Batches that are loaded at once, in each process.
+      workers: Processes that load; 0 loads in this one.
+      prefetch: Batches kept ready.
+    """
+
+    plan: Plan
+    loader: Loader
+    threads: int
+    workers: int
+    prefetch: int
+
+    @property
+    def num_classes(self) -> int:
+        """Of the sources; 0 if they have no labels."""
+        return max(source.num_classes for source in self.loader.sources)
+
+    def example(self) -> PackedBatch:
+        """A global batch of empty rows: for shapes."""
+        return self.loader.pack([[] for _ in range(self.plan.rows)])
+
+    def batches(
+        self,
+        rows: Integer[np.ndarray, " B"],
+        position: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[tuple[PackedBatch, BatchInfo]]:
+        """Loads this host's rows of batch after batch; without end in training.
+
+        Args:
+          rows: This host's rows of the global batch, ascending.
+          position: Where to go on, [epoch, window, row] for each plan shard; None is
+            the start.
+        """
+        import grain
+
+        load = LoadBatch(Batches(self.plan, position), self.loader, rows)
+        source: Any = load  # grain types a source by generics that a class needs not
+        dataset = grain.MapDataset.source(source).to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=self.threads, prefetch_buffer_size=self.prefetch
+            )
+        )
+        if self.workers:
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self.workers)
+            )
+        for loaded in dataset:
+            yield loaded["batch"], loaded["info"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadBatch:
+    """Random access to loaded batches: item k is the k-th after the position."""
+
+    batches: Batches
+    loader: Loader
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        """The number of batches; huge in training."""
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        """Batch k of this host's rows, and its BatchInfo."""
+        start, stop = int(self.rows[0]), int(self.rows[-1]) + 1
+        planned = self.batches.rows(k, start, stop)
+        loaded = self.loader.load([planned[row - start] for row in self.rows])
+        info = BatchInfo(**self._place(k), **loaded.info)
+        return {"batch": self.loader.pack(loaded.images), "info": info}
+
+    def _place(self, k: int) -> dict[str, Any]:
+        """Position and images seen of each shard whose first row is here."""
+        plan = self.batches.plan
+        position: list[list[int] | None] = [None] * plan.plan_shards
+        images: list[int | None] = [None] * plan.plan_shards
+        for shard in range(plan.plan_shards):
+            first = shard * plan.rows // plan.plan_shards
+            if first in self.rows:
+                position[shard] = self.batches.position(k, first, first + 1)[shard]
+                images[shard] = self.batches.images_seen(k, first, first + 1)
+        return {"position": position, "images_seen": images}
+
+
+def open_sources(
+    sections: Mapping[str, Any],
+) -> tuple[list[StoredSource], list[float | int]]:
+    """The sources of `config.data.sources`, and their weights (1 if none is given)."""
+    if not sections:
+        raise ConfigError("config.data.sources is empty: name at least one source")
+    sources, weights = [], []
+    for name, section in sections.items():
+        arguments = {k: v for k, v in section.items() if k != "weight"}
+        where = f"data.sources.{name}"
+        sources.append(config_lib.build(arguments, SOURCES, where))
+        weights.append(section.get("weight", 1.0))
+    counts = {source.num_classes for source in sources}
+    if len(counts) > 1:
+        raise ConfigError(
+            f"config.data.sources: the sources have {sorted(counts)} classes; sources "
+            "that are mixed must share their classes"
+        )
+    return sources, weights
+
+
+def open_stream(
+    *,
+    sources: Mapping[str, Any],
+    rows: int,
+    tokens: int,
+    slots: int,
+    resolution: Mapping[str, Any],
+    seed: int,
+    patch: int,
+    max_side: int | None,
+    training: bool = True,
+    token_drop: Mapping[str, Any] | None = None,
+    crop: Mapping[str, Any] | None = None,
+    upscale: bool = True,
+    square: bool = False,
+    fill: bool = False,
+    flip: float | int = 0.0,
+    jitter: float | int = 0.0,
+    window: int = 16_384,
+    plan_shards: int = 1,
+    packer: str = "auto",
+    num_labels: int = 1,
+    threads: int = 2,
+    workers: int = 0,
+    prefetch: int = 4,
+) -> Stream:
+    """Opens section `data` of a config: sources, size tables, plan, loader.
+
+    Args:
+      sources: By any name, a section each with `name`, its arguments, and `weight`.
+      rows: Rows of the global batch.
+      tokens: L, tokens a row.
+      slots: N, images a row at most.
+      resolution, token_drop, crop: Sections of the laws of `resolution.py`,
+        `token_drop.py` and `crop.py`.
+      seed: Of order and draws.
+      patch: Side of a patch in pixels.
+      max_side: Longest side the position table has, in patches.
+      training: Whether to shuffle, drop and augment, without end.
+      num_labels: The most labels an image may have.
+      threads, workers, prefetch: As in `Stream`.
+
+    The others are those of `plan.Plan`.
+    """
+    opened, weights = open_sources(sources)
+    build = config_lib.build
+    plan = Plan(
+        tables=[size_table(source) for source in opened],
+        weights=weights,
+        seed=seed,
+        patch=patch,
+        tokens=tokens,
+        slots=slots,
+        rows=rows,
+        resolution=build(resolution, resolutions.LAWS, "data.resolution"),
+        token_drop=build(token_drop or {"name": "none"}, drops.LAWS, "data.token_drop"),
+        crop=build(crop or {"name": "none"}, crops.LAWS, "data.crop"),
+        window=window,
+        plan_shards=plan_shards,
+        packer=packer,
+        upscale=upscale,
+        square=square,
+        fill=fill,
+        flip=flip,
+        jitter=jitter,
+        max_side=max_side,
+        training=training,
+    )
+    loader = Loader(tuple(opened), patch, tokens, slots, num_labels)
+    return Stream(plan, loader, threads, workers, prefetch)

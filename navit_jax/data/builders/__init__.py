@@ -1,0 +1,1 @@
+"""TFDS builders for the sets that this project prepares itself."""

@@ -1,0 +1,114 @@
+"""A folder of pictures as a source: a class a sub-folder."""
+
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+
+from absl import logging
+
+from navit_jax.data.records import Record, digest
+from navit_jax.errors import ConfigError
+
+EXTENSIONS = (
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png"),
+    *(".tif", ".tiff", ".webp"),
+)
+# The size table lies beside the pictures.
+TABLE = "sizes-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The pictures below a folder; see `folder`.
+
+    Attributes:
+      files: Paths below `folder`, sorted.
+      class_names: The first-level folders, sorted; () when unlabelled.
+      ignored: How many files were left out, by extension.
+    """
+
+    name: str
+    folder: str
+    files: tuple[str, ...]
+    class_names: tuple[str, ...]
+    ignored: dict[str, int]
+
+    @property
+    def num_classes(self) -> int:
+        """0 when it has no labels."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def _class_of(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.class_names)}
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of the files."""
+        stats = [(f, os.stat(os.path.join(self.folder, f))) for f in self.files]
+        return digest((f, s.st_size, s.st_mtime_ns) for f, s in stats)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Record:
+        file = self.files[index]
+        image = pathlib.Path(self.folder, file).read_bytes()
+        labels = (self._class_of[file.split(os.sep)[0]],) if self.class_names else ()
+        # A name need not be UTF-8; a key is written to JSON.
+        key = os.fsencode(file).decode("utf-8", "backslashreplace")
+        return Record(key, image, labels)
+
+
+def folder(path: str, labels: bool = True) -> Folder:
+    """Opens a folder of pictures.
+
+    With sub-folders, each first-level one is a class, numbered in sorted order, and
+    all pictures below it, at any depth, belong to it. Without sub-folders, or with
+    `labels=False`, there are no labels. Files without an extension of EXTENSIONS and
+    folders that are links are left out, counted and logged.
+
+    Raises:
+      ConfigError: the folder cannot be read, holds no picture, or holds pictures
+        beside its class folders.
+    """
+    root = os.path.abspath(os.path.expanduser(path))
+    files: list[str] = []
+    ignored: collections.Counter[str] = collections.Counter()
+
+    def fail(error: OSError) -> None:
+        raise ConfigError(f"path={path!r} cannot be read: {error}") from error
+
+    for parent, folders, names in os.walk(root, onerror=fail):
+        links = [f for f in folders if os.path.islink(os.path.join(parent, f))]
+        ignored["linked folders"] += len(links)
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in EXTENSIONS:
+                files.append(os.path.relpath(os.path.join(parent, name), root))
+            elif not (parent == root and name.startswith(TABLE)):
+                ignored[extension or "no extension"] += 1
+    ignored += collections.Counter()  # Drops zeros.
+    if ignored:
+        counts = ", ".join(f"{n} {e}" for e, n in sorted(ignored.items()))
+        logging.warning("%s: left out, not pictures by name: %s", root, counts)
+    if not files:
+        raise ConfigError(
+            f"path={path!r} holds no picture ({', '.join(EXTENSIONS)}); "
+            f"{sum(ignored.values())} other files"
+        )
+    flat = [f for f in files if os.sep not in f]
+    if labels and flat and len(flat) < len(files):
+        raise ConfigError(
+            f"path={path!r} holds {len(flat)} pictures, such as {min(flat)!r}, beside "
+            "its class folders: move them, or give labels=False"
+        )
+    classes = {f.split(os.sep)[0] for f in files} if labels and not flat else set()
+    return Folder(
+        os.path.basename(root),
+        root,
+        tuple(sorted(files)),
+        tuple(sorted(classes)),
+        dict(ignored),
+    )

@@ -1,0 +1,61 @@
+"""Cuts an image into patches, puts them together again, and draws which ones are kept.
+
+Shapes: h, w pixels of an image; n patches of it; P values of a patch (side * side * 3,
+row-major, channels last).
+"""
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+GOLDEN = 0x9E3779B97F4A7C15
+WORD = 2**64 - 1
+
+
+def patchify(
+    image: UInt8[np.ndarray, "h w 3"], patch: int
+) -> tuple[UInt8[np.ndarray, "n P"], Int[np.ndarray, "n 2"]]:
+    """All patches of an image, row by row, and the (row, column) of each.
+
+    The sides of the image are multiples of `patch`: it was resized to a planned grid.
+    """
+    h, w, _ = image.shape
+    assert h % patch == 0 == w % patch, f"{h} x {w} is not a grid of patches of {patch}"
+    rows, columns = h // patch, w // patch
+    blocks = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    coords = np.indices((rows, columns), np.int32).reshape(2, -1).T
+    return blocks.reshape(rows * columns, -1), np.ascontiguousarray(coords)
+
+
+def unpatchify(
+    patches: UInt8[np.ndarray, "n P"],
+    coords: Int[np.ndarray, "n 2"],
+    grid: tuple[int, int],
+    patch: int,
+    fill: int = 255,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image of some patches of a grid of (rows, columns); the others are `fill`."""
+    rows, columns = grid
+    blocks = np.full((rows, columns, patch, patch, 3), fill, np.uint8)
+    blocks[coords[:, 0], coords[:, 1]] = patches.reshape(-1, patch, patch, 3)
+    return blocks.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
+
+
+def keep_patches(num: int, kept: int, key: int) -> Int[np.ndarray, " n"]:
+    """Which `kept` of `num` patches survive dropping, ascending.
+
+    Every subset of that size is as likely as any other; it is a function of the 64-bit
+    `key` alone. Patches are ordered by a hash of (key, place), splitmix64's finaliser
+    (Steele, Lea and Flood 2014), and the first ones are kept.
+    """
+    assert 1 <= kept <= num, f"{kept} of {num} patches"
+    # The key is hashed first: else near keys would give shifted draws.
+    start = int(_mix(np.array([key & WORD], np.uint64))[0])
+    steps = np.arange(1, num + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    order = _mix(steps + np.uint64(start))
+    return np.sort(np.argpartition(order, kept - 1)[:kept])
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

@@ -1,0 +1,299 @@
+"""The packing plan: which images, at which size, in which row, before any is decoded.
+
+All of it is a function of the size tables and the arguments of `Plan`. M images.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from navit_jax.data import crop as crops
+from navit_jax.data import draws, packers
+from navit_jax.data import resolution as resolutions
+from navit_jax.data import token_drop as token_drops
+from navit_jax.data.mixture import Mixture
+from navit_jax.data.packers import assign_rows, fill_exactly
+from navit_jax.data.window import PlannedRow, PlannedWindow, summarize
+from navit_jax.errors import ConfigError, DataError
+
+# Goes up when the same arguments plan other rows: a checkpoint of before is refused.
+PLAN_VERSION = 1
+# Fewer images pack badly, so a smaller source may come twice in a window of a mixture.
+SMALLEST_WINDOW = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """An endless stream of images (in evaluation: one pass), packed window by window.
+
+    Attributes:
+      tables: For each source, [M 2] the (height, width) of its images in pixels; (0, 0)
+        for one that can not be read, which is planned as one patch. A memory-mapped
+        file is sent to other processes by name.
+      weights: Shares of the sources in the stream.
+      seed: Of order and draws.
+      patch: Side of a patch, in pixels.
+      tokens: L, tokens of a row.
+      slots: N, images of a row at most.
+      rows: B, global rows of a batch.
+      resolution: A law of `resolution.LAWS`.
+      token_drop: A law of `token_drop.LAWS`; in evaluation nothing is dropped.
+      crop: A law of `crop.LAWS`; in evaluation nothing is cropped.
+      window: Images that are packed together, at most.
+      plan_shards: Windows are dealt to so many shards, of which each batch takes an
+        equal number of rows; a host plans only the shards of its rows.
+      packer: A name for `packers.choose`.
+      upscale: Whether images may be enlarged.
+      square: Side x side whatever the aspect: the plain ViT.
+      fill: Whether the last image of a row keeps as many tokens as there is room for.
+      flip: Probability of mirroring, in training.
+      jitter: Colour factors are uniform in [1 - jitter, 1 + jitter], in training.
+      max_side: Longest side in patches, the length of the position table; None: any.
+      training: False plans each image once, in the order of the table, without
+        shuffling, dropping, crop, flip and jitter.
+
+    Raises:
+      ConfigError: an argument that can not work, named with the remedy.
+      DataError: a source without images.
+    """
+
+    tables: Sequence[np.ndarray]
+    weights: Sequence[float | int]
+    seed: int
+    patch: int
+    tokens: int
+    slots: int
+    rows: int
+    resolution: resolutions.Law
+    token_drop: token_drops.Law = dataclasses.field(default_factory=token_drops.NoDrop)
+    crop: crops.Law = dataclasses.field(default_factory=crops.Whole)
+    window: int = 16_384
+    plan_shards: int = 1
+    packer: str = "auto"
+    upscale: bool = True
+    square: bool = False
+    fill: bool = False
+    flip: float | int = 0.0
+    jitter: float | int = 0.0
+    max_side: int | None = None
+    training: bool = True
+
+    def __post_init__(self):
+        for i, table in enumerate(self.tables):
+            if not len(table):
+                raise DataError(f"source {i} has no images; check its path and split")
+        if not self.training and len(self.tables) != 1:
+            raise ConfigError(
+                f"data.sources: evaluation takes one source, not {len(self.tables)}; "
+                "give each an evaluation of its own"
+            )
+        for field in ("patch", "tokens", "slots", "rows", "window", "plan_shards"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"data.{field}={getattr(self, field)} must be >= 1")
+        for field in ("flip", "jitter"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ConfigError(f"data.{field}={getattr(self, field)}: needs 0 to 1")
+        if self.rows % self.plan_shards:
+            raise ConfigError(
+                f"data.plan_shards={self.plan_shards} must divide "
+                f"data.rows={self.rows}: every batch takes as many rows of each"
+            )
+        packers.choose(self.packer)
+        self._check_largest()
+        assert self.mixture, "it checks the weights"
+
+    def _check_largest(self) -> None:
+        """A square image at the largest resolution must fit, or the config is wrong."""
+        side = self.resolution.largest
+        if side is None:
+            return
+        square = np.ones((2, 2))
+        grid = resolutions.grids(square, np.full(2, float(side)), self.patch)
+        # The typical rate, when training begins and after every schedule's end.
+        seen = np.array([0, 2**62])
+        rate = self._rates(np.full(2, 0.5), grid.prod(1), seen)
+        kept = int(resolutions.kept_tokens(grid, rate).max())
+        if self.max_side is not None and grid.max() > self.max_side:
+            raise ConfigError(
+                f"data.resolution reaches {side} pixels, {grid.max()} patches a side, "
+                f"but positions.length={self.max_side}: raise it, or lower resolution"
+            )
+        if kept > self.tokens:
+            raise ConfigError(
+                f"data.resolution reaches {side} pixels, where a square image keeps "
+                f"{kept} tokens, but data.tokens={self.tokens}: raise it, or lower "
+                "resolution"
+            )
+
+    @functools.cached_property
+    def mixture(self) -> Mixture:
+        """Which source each position of the stream holds."""
+        return Mixture(tuple(map(len, self.tables)), tuple(self.weights))
+
+    @functools.cached_property
+    def num_windows(self) -> int | None:
+        """Windows of an epoch; None for a mixture, of which each source has epochs."""
+        if len(self.tables) > 1:
+            return None
+        return -(-len(self.tables[0]) // self.window)
+
+    def number(self, epoch: int, window: int) -> int:
+        """The number of a window in the stream."""
+        return window if self.num_windows is None else epoch * self.num_windows + window
+
+    def label(self, number: int) -> tuple[int, int]:
+        """The (epoch, window) of a number; a mixture stays in epoch 0."""
+        if self.num_windows is None:
+            return 0, number
+        return divmod(number, self.num_windows)
+
+    def images_before(self, number: Any) -> Any:
+        """The position in the stream at which a window begins; numbers or arrays."""
+        if self.num_windows is None:
+            longest = max(SMALLEST_WINDOW, self.mixture.longest_window())
+            return number * min(self.window, longest)
+        # Windows of nearly equal size: a short last one would pack badly.
+        epoch, window = number // self.num_windows, number % self.num_windows
+        size = len(self.tables[0])
+        return epoch * size + window * size // self.num_windows
+
+    def is_over(self, number: int) -> bool:
+        """Whether a window comes after the end of the stream."""
+        return not self.training and number >= (self.num_windows or 0)
+
+    def plan_window(self, epoch: int, window: int) -> PlannedWindow:
+        """Plans one window of an epoch.
+
+        Its rows are shuffled (not in evaluation): some packers leave small images to
+        the end, and size must not follow from the place in a run.
+        """
+        number = self.number(epoch, window)
+        start = self.images_before(number)
+        images = self._draw(np.arange(start, self.images_before(number + 1)))
+        rows = assign_rows(images.kept[:, None], [self.tokens], self.slots, self.packer)
+        if self.fill:
+            full = images.grid.prod(1)
+            kept = fill_exactly(images.kept, rows, self.tokens, full)
+            images = images._replace(kept=kept)
+        num_rows = int(rows.max()) + 1
+        if self.training:
+            keys = draws.key(self.seed, 0, start + np.arange(num_rows), "rows")
+            rows = np.argsort(np.argsort(keys))[rows]
+        order = np.argsort(rows, kind="stable")
+        starts = np.searchsorted(rows[order], np.arange(num_rows + 1))
+        return PlannedWindow(PlannedRow(*(field[order] for field in images)), starts)
+
+    def _rates(self, u: np.ndarray, tokens: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        return self.token_drop(u, tokens, seen) if self.training else np.zeros(len(u))
+
+    def _draw(self, positions: Int64[np.ndarray, " M"]) -> PlannedRow:
+        """The images at positions of the stream, with all that is drawn for them."""
+        M = len(positions)
+        source, epoch, index = self.mixture.locate(positions)
+        size = np.empty((M, 2), np.int64)
+        for i, table in enumerate(self.tables):
+            for e in np.unique(epoch[source == i]).tolist() if self.training else []:
+                at = (source == i) & (epoch == e)
+                # Beyond 64 bits, so that no other seed shares a source's order.
+                seed = self.seed + (i << 64)
+                index[at] = draws.permute(index[at], len(table), seed, e)
+            size[source == i] = table[index[source == i]]
+        ids = source << 40 | index
+
+        def draw(purpose: str) -> Float64[np.ndarray, " M"]:
+            return draws.uniform(self.seed, epoch, ids, purpose)
+
+        box = (self.crop if self.training else crops.Whole())(draw, size)
+        shape = size * (box[:, 2:] - box[:, :2])
+        side = self.resolution(draw("side"), shape)
+        grid = resolutions.grids(shape, side, self.patch, self.upscale, self.square)
+        rate = self._rates(draw("drop"), grid.prod(1), positions)
+        aspect = grid if self.square else shape
+        grid, kept, shrunk = resolutions.limit(
+            grid, aspect, rate, self.tokens, self.max_side
+        )
+        jitter, flip = np.ones((M, 3)), np.zeros(M, bool)
+        if self.training and self.jitter:
+            names = ("brightness", "contrast", "saturation")
+            jitter += self.jitter * (2 * np.stack([draw(x) for x in names], 1) - 1)
+        if self.training and self.flip:
+            flip = draw("flip") < self.flip
+        return PlannedRow(
+            source=source,
+            index=index,
+            size=size,
+            box=box,
+            grid=grid,
+            kept=kept,
+            drop_key=draws.key(self.seed, epoch, ids, "kept patches"),
+            flip=flip,
+            jitter=jitter,
+            shrunk=shrunk,
+            images_seen=positions,
+        )
+
+    def fingerprint(self) -> str:
+        """Short and hexadecimal; differs if any planned row may differ."""
+        digest = hashlib.blake2b(f"plan {PLAN_VERSION}".encode(), digest_size=8)
+        for field in dataclasses.fields(self)[1:]:
+            digest.update(f"{field.name}={getattr(self, field.name)!r};".encode())
+        for table in self.tables:
+            digest.update(f"{len(table)} images;".encode())
+            for start in range(0, len(table), 1 << 20):
+                digest.update(table[start : start + (1 << 20)].astype("<u4").tobytes())
+        return digest.hexdigest()
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises ConfigError if the stream is not the one of this fingerprint."""
+        if fingerprint != self.fingerprint():
+            raise ConfigError(
+                f"the checkpoint's stream of images ({fingerprint}) is not that of "
+                f"this config and data ({self.fingerprint()}): restore `seed`, the "
+                "data section and the files, or begin in a new folder"
+            )
+
+    def report(self, windows: int = 1, images: int | None = None) -> dict[str, Any]:
+        """What the first windows of the stream are like, without reading a pixel.
+
+        Args:
+          images: Images of the run, to tell the rate of dropping at its end.
+
+        Returns:
+          `rows`, `images`, `tokens` counted; `padding`, a share of the tokens;
+          `images_per_row`; `slot_use`, a share of the slots; `full_rows`, share of rows
+          without a free slot; `attention_work`, sum of squared lengths over that of
+          dense rows; `shrunk`, images that had to be; `source_shares`; `enough_slots`,
+          the fewest that cost less than 0.05 points of padding; `drop_rate`, the mean
+          aimed at in the beginning and (with `images`) in the end.
+        """
+        seen = np.array([0] if images is None else [0, images])
+        rate = self.token_drop.average(seen) if self.training else np.zeros(len(seen))
+        numbers = [i for i in range(windows) if not self.is_over(i)]
+        planned = [self.plan_window(*self.label(i)) for i in numbers]
+        sources = len(self.tables)
+        summary = summarize(planned, self.tokens, self.slots, self.packer, sources)
+        return {**summary, "drop_rate": rate.tolist()}
+
+    def __reduce__(self):
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["tables"] = [_by_name(table) for table in self.tables]
+        return _rebuild, (fields,)
+
+
+def _by_name(table: np.ndarray) -> Any:
+    """How to map a table again, if it is a whole mapped file; else the table."""
+    if not (isinstance(table, np.memmap) and isinstance(table.base, mmap.mmap)):
+        return table
+    place = (table.filename, table.dtype, "r", table.offset, table.shape)
+    return functools.partial(np.memmap, *place)
+
+
+def _rebuild(fields: dict[str, Any]) -> Plan:
+    tables = [table() if callable(table) else table for table in fields["tables"]]
+    return Plan(**{**fields, "tables": tables})

@@ -1,0 +1,51 @@
+"""Ends a run whose data are too bad: a share of the last 10,000 planned images."""
+
+import collections
+
+from navit_jax.errors import DataError
+
+WINDOW = 10_000
+
+
+class QualityLimit:
+    """Counts unusable images by reason over a rolling window of planned ones."""
+
+    def __init__(self, limit: float | int):
+        """`limit` is the share of the window that may be unusable, 0.01 is 1 %."""
+        self.limit = limit
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, str] = {}
+        self._steps: collections.deque[tuple[int, int]] = collections.deque()
+        self._planned = self._skipped = 0
+
+    def note(self, skipped: list[tuple[str, str]]) -> None:
+        """Remembers this host's unusable images, as (name, reason), for the table."""
+        for name, reason in skipped:
+            self.reasons[reason] += 1
+            self.examples.setdefault(reason, name)
+
+    def check(self, planned: int, skipped: int) -> None:
+        """Adds one step's counts over all hosts.
+
+        Raises:
+          DataError: more than the limit of the window; with the table of reasons.
+        """
+        self._steps.append((planned, skipped))
+        self._planned += planned
+        self._skipped += skipped
+        while self._planned - self._steps[0][0] >= WINDOW:
+            old_planned, old_skipped = self._steps.popleft()
+            self._planned -= old_planned
+            self._skipped -= old_skipped
+        if self._skipped > self.limit * WINDOW:
+            raise DataError(
+                f"{self._skipped} of the last {self._planned} planned images can not "
+                f"be used, the limit is {self.limit:.1%} of {WINDOW:,}:\n{self.table()}"
+            )
+
+    def table(self) -> str:
+        """Reasons, how often each came on this host, and the first image of each."""
+        return "\n".join(
+            f"  {count:6d}  {reason:14s} first: {self.examples[reason]}"
+            for reason, count in self.reasons.most_common()
+        )

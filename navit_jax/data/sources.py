@@ -1,0 +1,107 @@
+"""The sources a config can name, and the embedded set `clipart`.
+
+Letters: M images.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+
+from navit_jax.data.folders import folder
+from navit_jax.data.prepared import Tfds, tfds
+from navit_jax.data.records import Record, Selection, Source, cache_folder
+from navit_jax.data.stored import array_record
+from navit_jax.errors import ConfigError
+
+__all__ = ["SOURCES", "Record", "Source", "array_record", "clipart", "folder", "tfds"]
+
+CLIPART = pathlib.Path(__file__).parent / "clipart"
+SPLITS = ("train", "validation", "test")
+LABELS = ("classes8", "classes34", "none")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clipart(Selection):
+    """Pictures of openclipart; see `clipart`.
+
+    Attributes:
+      groups: int32 [M], the near-duplicate group of each; never in two splits or in
+        both parts of a fold. Resample groups, not pictures, for a confidence interval.
+      original_sizes: int32 [M 2], (h, w) before the long side was capped.
+    """
+
+    groups: np.ndarray
+    original_sizes: np.ndarray
+
+
+def full_clipart() -> pathlib.Path:
+    """Where `python -m navit_jax.data.builders.clipart --full` builds."""
+    return cache_folder() / "clipart-full"
+
+
+def clipart(
+    split: str,
+    labels: str = "classes8",
+    full: bool = False,
+    path: str | None = None,
+) -> Clipart:
+    """Opens the embedded clip art, or its full-size build.
+
+    Args:
+      split: "train", "validation", "test" (80/10/10 by group), "all", or one part of
+        five-fold cross-validation by group over all pictures: "fold0:train" ..
+        "fold4:test".
+      labels: "classes8" (kinds of things), "classes34" (finer) or "none". Only
+        pictures with at least one label of the set are in the source, several have
+        more than one; "none" has all pictures.
+      full: The full-size build instead of the embedded set.
+      path: A built set elsewhere.
+
+    Raises:
+      ConfigError: an unknown split or label set, or the set is not built.
+    """
+    if labels not in LABELS:
+        raise ConfigError(f"labels={labels!r} is unknown; known: {', '.join(LABELS)}")
+    root = pathlib.Path(path) if path else full_clipart() if full else CLIPART
+    if not (root / "index.npz").exists():
+        raise ConfigError(
+            f"no clip art in {root}; `python -m navit_jax.data.builders.clipart"
+            f"{' --full' if full else ''}` builds it"
+        )
+    with np.load(root / "index.npz", allow_pickle=False) as file:
+        index = dict(file)
+    chosen = _choose(split, index["split"], index["fold"])
+    label = None if labels == "none" else labels
+    if label:
+        chosen &= index[label]
+    whole = Tfds(
+        "clipart", str(root), "image", label, "caption", "key", "+".join(SPLITS)
+    )
+    indices = np.flatnonzero(chosen).astype(np.int32)
+    return Clipart(
+        whole, indices, index["group"][indices], index["original_sizes"][indices]
+    )
+
+
+def _choose(split: str, splits: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Bool [M]: which pictures are in the split."""
+    if split == "all":
+        return np.ones(len(splits), bool)
+    if split in SPLITS:
+        return splits == SPLITS.index(split)
+    if match := re.fullmatch(r"fold([0-4]):(train|test)", split):
+        return (folds == int(match[1])) == (match[2] == "test")
+    raise ConfigError(
+        f"split={split!r} is unknown; known: {', '.join(SPLITS)}, all, fold0:train .. "
+        "fold4:test"
+    )
+
+
+SOURCES = {
+    "array_record": array_record,
+    "clipart": clipart,
+    "folder": folder,
+    "tfds": tfds,
+}

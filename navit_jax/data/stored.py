@@ -1,0 +1,175 @@
+"""Pictures in array_record files: a record is a tf.train.Example, or the picture.
+
+TensorFlow is not needed. Of an example only the features asked for are taken.
+"""
+
+import dataclasses
+import functools
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tensorflow_datasets.proto import tf_example_pb2
+
+from navit_jax.data.records import Record, check_labels, digest
+from navit_jax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What all sources in such files share: files, and the features to take.
+
+    Attributes:
+      name: Names the source in messages.
+      folder: Holds the files and the size table.
+      image, label, caption, key: Features; None: there is none. Without `image` the
+        record is the encoded picture itself.
+    """
+
+    name: str
+    folder: str
+    image: str | None
+    label: str | None
+    caption: str | None
+    key: str | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes by number."""
+        raise NotImplementedError
+
+    def _parts(self) -> list[tuple[str, int, int]]:
+        """(file, first record, number of records) of each part, in order."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """0 when it has no labels."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def _records(self) -> ArrayRecordDataSource:
+        parts = [f"{path}[{start}:{start + n}]" for path, start, n in self._parts()]
+        return ArrayRecordDataSource(parts)
+
+    @functools.cached_property
+    def _length(self) -> int:
+        return sum(number for _, _, number in self._parts())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        key = f"{self.name}/{index}"
+        try:
+            raw = self._records[index]
+        except RuntimeError as error:
+            raise OSError(f"{key} cannot be read: {error}") from error
+        if self.image is None:
+            return Record(key, raw)
+        wanted = (self.image, self.label, self.caption, self.key)
+        image, labels, caption, keys = _read_example(raw, wanted, key)
+        if len(image) != 1:
+            raise DataError(f"{key} has {len(image)} values in {self.image!r}, not 1")
+        key = _text(keys) or key
+        labels = check_labels(labels, self.num_classes, f"{self.name}: {key}")
+        return Record(key, image[0], labels, _text(caption))
+
+
+def _read_example(
+    raw: bytes, features: Sequence[str | None], key: str
+) -> list[list[Any]]:
+    """The values of the features of a serialized tf.train.Example; [] for None."""
+    try:
+        example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
+        stored = example.FromString(raw).features.feature
+    except Exception as error:  # The classes of protobuf differ by its backend.
+        raise DataError(f"{key} is no tf.train.Example: {error}") from error
+    values = []
+    for name in features:
+        if name is not None and name not in stored:
+            raise DataError(f"{key} has no feature {name!r}, only {sorted(stored)}")
+        kind = stored[name].WhichOneof("kind") if name is not None else None
+        values.append(list(getattr(stored[name], kind).value) if kind else [])
+    return values
+
+
+def _text(values: list[bytes]) -> str:
+    return values[0].decode("utf-8", "replace") if values else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords(Stored):
+    """array_record files; see `array_record`."""
+
+    files: tuple[tuple[str, int, int], ...]
+    classes: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class numbers as text."""
+        return tuple(map(str, range(self.classes)))
+
+    def _parts(self) -> list[tuple[str, int, int]]:
+        return list(self.files)
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of the files."""
+        stats = [(path, os.stat(path)) for path, _, _ in self.files]
+        return digest(
+            [self.image]
+            + [(os.path.basename(p), s.st_size, s.st_mtime_ns) for p, s in stats]
+        )
+
+
+def array_record(
+    paths: str | Iterable[str],
+    image: str | None = None,
+    label: str | None = None,
+    caption: str | None = None,
+    key: str | None = None,
+    num_classes: int = 0,
+) -> ArrayRecords:
+    """Opens array_record files that hold pictures, or tf.train.Examples with pictures.
+
+    Args:
+      paths: Files or patterns ("/data/photos-*.array_record"), in this order; the
+        matches of a pattern are sorted.
+      image: The bytes feature of the examples that holds the encoded picture; None:
+        each record is an encoded picture, and nothing else.
+      label: An int64 feature, one or several values; needs `num_classes`.
+      caption: A bytes feature with UTF-8 text.
+      key: A bytes feature that names the record.
+      num_classes: Labels are 0 .. num_classes - 1.
+
+    Raises:
+      ConfigError: no file matches, a file is no array_record, all are empty, or the
+        arguments do not fit together.
+    """
+    if image is None and (label or caption or key):
+        raise ConfigError("label, caption and key need image: the feature beside them")
+    if (label is not None) != (num_classes > 0):
+        raise ConfigError(f"label={label!r} and num_classes={num_classes}: give both")
+    patterns = [paths] if isinstance(paths, str) else list(paths)
+    files = []
+    for pattern in patterns:
+        found = sorted(glob.glob(os.path.expanduser(pattern)))
+        if not found:
+            raise ConfigError(f"paths: no file matches {pattern!r}")
+        for path in found:
+            try:
+                files.append((path, 0, len(ArrayRecordDataSource(path))))
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(f"{path} is no array_record file: {error}") from error
+    if not sum(number for _, _, number in files):
+        raise ConfigError(f"paths={patterns} hold no record")
+    folder = os.path.dirname(os.path.abspath(files[0][0]))
+    others = f"+{len(files) - 1}" if len(files) > 1 else ""
+    name = os.path.basename(files[0][0]) + others
+    return ArrayRecords(
+        name, folder, image, label, caption, key, tuple(files), num_classes
+    )

@@ -1,0 +1,32 @@
+"""Errors that end a run, each with the exit code that launchers act on.
+
+0 done, 2 wrong use or config, 3 data below the quality limit, 4 numbers not finite,
+5 no usable checkpoint, 42 saved after preemption: start me again.
+"""
+
+
+class ConfigError(ValueError):
+    """The user's config or command is wrong: names the field, the value, the remedy."""
+
+    exit_code = 2
+
+
+class DataError(ValueError):
+    """The data are below the quality limit, or a record breaks its contract."""
+
+    exit_code = 3
+
+
+class NumericsError(ArithmeticError):
+    """Too many steps whose loss or gradient was not finite."""
+
+    exit_code = 4
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint of the run can be used."""
+
+    exit_code = 5
+
+
+PREEMPTED = 42

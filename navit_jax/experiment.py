@@ -1,0 +1,141 @@
+"""From a resolved config to the things it names: encoder, task, sources, plans."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from navit_jax import config as config_lib
+from navit_jax import data, models
+from navit_jax.errors import ConfigError
+from navit_jax.models import flops
+from navit_jax.tasks import TASKS, Task
+
+SECTIONS = ("data", "model", "task", "optim", "mesh", "checkpoint", "evals", "train")
+REQUIRED = ("seed", "steps", "data", "model", "task", "optim")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Section `train` of a config: how the loop goes about its steps.
+
+    Attributes:
+      accumulate: Passes a step's rows are split into; the gradients stay the same.
+      ema: Decay of the running mean of the parameters, which evaluation then uses;
+        0 for none.
+      report_every: Steps between reports.
+      evaluate_every: Steps between evaluations; 0 is at the end only.
+      save_every: Steps between checkpoints; 0 is at the end only. The step of an
+        evaluation is saved too.
+      bad_images: Share of the last 10,000 planned images that may be unusable.
+      nonfinite_steps: Skipped steps of the run that may have been not finite.
+    """
+
+    accumulate: int = 1
+    ema: float | int = 0.0
+    report_every: int = 10
+    evaluate_every: int = 0
+    save_every: int = 1000
+    bad_images: float | int = 0.01
+    nonfinite_steps: int = 10
+
+
+def check_sections(config: Mapping[str, Any]) -> None:
+    """Refuses top-level keys that nothing reads, and names those that are missing."""
+    known = (*SECTIONS, "seed", "steps")
+    for key in config:
+        if key not in known:
+            raise ConfigError(f"config.{key}: {config_lib.nearest(key, known)}")
+    for key in REQUIRED:
+        if key not in config:
+            raise ConfigError(f"config.{key} is missing")
+    if config["steps"] < 1:
+        raise ConfigError(f"config.steps={config['steps']}: give at least 1")
+
+
+def train_options(config: Mapping[str, Any]) -> TrainOptions:
+    """The section `train`, its defaults filled in."""
+    options = config_lib.call(TrainOptions, config.get("train", {}), "train")
+    for name in ("accumulate", "report_every"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"config.train.{name} must be at least 1")
+    return options
+
+
+def build_encoder(config: Mapping[str, Any]) -> models.NaViT:
+    """The packed encoder that section `model` names."""
+    section = {k: v for k, v in config["model"].items() if k != "init"}
+    return config_lib.build(section, models.MODELS, "model")
+
+
+def build_task(config: Mapping[str, Any], num_classes: int) -> Task:
+    """The task that section `task` names, over the encoder of section `model`.
+
+    Args:
+      num_classes: Of the training sources; only a task that has classes takes it.
+    """
+    section = config["task"]
+    factory = TASKS.get(section.get("name"))
+    given: dict[str, Any] = {"encoder": build_encoder(config)}
+    if factory and "num_classes" in inspect.signature(factory).parameters:
+        if num_classes < 1:
+            raise ConfigError(
+                f"config.task.name={section['name']!r} needs labels, and the sources "
+                "of config.data.sources have none"
+            )
+        given["num_classes"] = num_classes
+    return config_lib.build(section, TASKS, "task", **given)
+
+
+def flops_counter(config: Mapping[str, Any]) -> Callable[[float, float, float], float]:
+    """Training FLOPs by (tokens, sum of n_i^2 over images, images)."""
+    encoder = build_encoder(config)
+    patch = models.patch_size(config["model"]["size"])
+
+    def count(tokens: float, pairs: float, images: float) -> float:
+        return flops.TRAINING * flops.forward_flops(
+            tokens, pairs, images, encoder.spec, 3 * patch**2, encoder.pooling
+        )
+
+    return count
+
+
+def build_stream(config: Mapping[str, Any]) -> data.Stream:
+    """The training stream of section `data`."""
+    return _open(config, config["data"], "data", training=True)
+
+
+def build_eval_streams(
+    config: Mapping[str, Any], section: Mapping[str, Any], name: str
+) -> Iterator[tuple[float | int, data.Stream]]:
+    """(side, stream) for each of the sides at which a set of `evals` is judged.
+
+    Rows, tokens and slots are those of training unless the set says otherwise: the same
+    for all its sides, so one compilation serves them.
+
+    Args:
+      section: `sources`, `sides` (pixels), and keys of section `data` to replace.
+      name: Of the set.
+    """
+    own = {key: value for key, value in section.items() if key != "sides"}
+    if not section.get("sides"):
+        raise ConfigError(f"config.evals.{name}.sides: give at least one, as (64, 128)")
+    shared = ("rows", "tokens", "slots", "upscale", "square", "num_labels", "threads")
+    base = {key: config["data"][key] for key in shared if key in config["data"]}
+    for side in section["sides"]:
+        arguments = {**base, **own, "resolution": {"name": "fixed", "side": side}}
+        yield side, _open(config, arguments, f"evals.{name}", training=False)
+
+
+def _open(
+    config: Mapping[str, Any], section: Mapping[str, Any], where: str, training: bool
+) -> data.Stream:
+    return config_lib.call(
+        data.open_stream,
+        section,
+        where,
+        seed=config["seed"],
+        patch=models.patch_size(config["model"]["size"]),
+        max_side=build_encoder(config).max_side,
+        training=training,
+    )

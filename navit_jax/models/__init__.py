@@ -1,0 +1,8 @@
+"""Models: packed encoders, their positions, attention, pooling and heads."""
+
+from navit_jax.models.navit import NaViT
+from navit_jax.models.sizes import patch_size, spec
+
+MODELS = {"navit": NaViT}
+
+__all__ = ["MODELS", "NaViT", "patch_size", "spec"]

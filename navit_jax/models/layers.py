@@ -1,0 +1,159 @@
+"""Layers of the encoder: QK-normalised packed attention, MLP, pre-LN block.
+
+Shapes: B rows, L tokens a row, D width, H heads, K head width, W pairs of a head.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from navit_jax.models.attention import packed_attention
+from navit_jax.models.dropout import Draws, residual
+from navit_jax.models.rope import rotate
+
+
+def layer_norm(bias: bool, dtype: Any, name: str) -> nn.LayerNorm:
+    """A layer norm whose statistics are float32, by two passes."""
+    return nn.LayerNorm(use_bias=bias, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def project_heads(
+    num_heads: int, head_width: int, bias: bool, dtype: Any, name: str
+) -> nn.DenseGeneral:
+    """A projection [... D] -> [... H K]."""
+    return nn.DenseGeneral(
+        (num_heads, head_width),
+        use_bias=bias,
+        kernel_init=nn.initializers.xavier_uniform(),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def merge_heads(width: int, bias: bool, dtype: Any, name: str) -> nn.DenseGeneral:
+    """A projection [... H K] -> [... D]."""
+    return nn.DenseGeneral(
+        width,
+        axis=(-2, -1),
+        use_bias=bias,
+        kernel_init=nn.initializers.xavier_uniform(),
+        dtype=dtype,
+        name=name,
+    )
+
+
+class Mlp(nn.Module):
+    """Two layers with the tanh approximation of GELU between them.
+
+    Attributes:
+      hidden: Width between the layers.
+    """
+
+    hidden: int
+    bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
+        """Each vector by itself."""
+        init = nn.initializers.xavier_uniform()
+
+        def dense(width: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                width,
+                use_bias=self.bias,
+                kernel_init=init,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        hidden = nn.gelu(dense(self.hidden, "up")(tokens), approximate=True)
+        return dense(tokens.shape[-1], "down")(hidden)
+
+
+class Attention(nn.Module):
+    """Multi-head attention within each image of a packed row.
+
+    Queries and keys are normalised per head, over K, without bias (ViT-22B, section 2),
+    before they are rotated.
+
+    Attributes:
+      implementation: As in `attention.packed_attention`.
+    """
+
+    num_heads: int
+    bias_qkv: bool
+    bias_out: bool
+    qk_norm: bool
+    implementation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        angles: Float[Array, "B L W"] | None,
+    ) -> Float[Array, "B L D"]:
+        """Attends; `angles` None means no rotary positions."""
+        D = tokens.shape[-1]
+
+        def heads(name: str) -> Float[Array, "B L H K"]:
+            layer = project_heads(
+                self.num_heads, D // self.num_heads, self.bias_qkv, self.dtype, name
+            )
+            return layer(tokens)
+
+        query, key, value = heads("query"), heads("key"), heads("value")
+        if self.qk_norm:
+            query = layer_norm(False, self.dtype, "query_norm")(query)
+            key = layer_norm(False, self.dtype, "key_norm")(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        attended = packed_attention(query, key, value, segment_ids, self.implementation)
+        return merge_heads(D, self.bias_out, self.dtype, "out")(attended)
+
+
+class Block(nn.Module):
+    """A pre-LN block: x + attention(LN x), then x + MLP(LN x).
+
+    Attributes:
+      hidden: Width of the MLP between its layers.
+      dropout: Rate at which entries of a branch are dropped.
+    """
+
+    num_heads: int
+    hidden: int
+    bias_qkv: bool
+    bias_ln: bool
+    bias_mlp: bool
+    qk_norm: bool
+    implementation: str
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "B L D"],
+        draws: Draws,
+        segment_ids: Int[Array, "B L"],
+        angles: Float[Array, "B L W"] | None,
+    ) -> tuple[Float[Array, "B L D"], None]:
+        """The tokens after the block, and nothing to stack."""
+        attention = Attention(
+            num_heads=self.num_heads,
+            bias_qkv=self.bias_qkv,
+            bias_out=self.bias_mlp,
+            qk_norm=self.qk_norm,
+            implementation=self.implementation,
+            dtype=self.dtype,
+            name="attention",
+        )
+        normed = layer_norm(self.bias_ln, self.dtype, "norm_1")(tokens)
+        attended = attention(normed, segment_ids, angles)
+        tokens = tokens + residual(attended, 0, draws, self.dropout)
+        normed = layer_norm(self.bias_ln, self.dtype, "norm_2")(tokens)
+        mixed = Mlp(self.hidden, self.bias_mlp, self.dtype, name="mlp")(normed)
+        return tokens + residual(mixed, 1, draws, self.dropout), None

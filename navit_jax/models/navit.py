@@ -1,0 +1,249 @@
+"""NaViT: a vision transformer on rows of patch tokens that each hold several images.
+
+Patch n' Pack (Dehghani et al. 2023), section 2: a pre-LN ViT whose attention stays
+within an image, with query-key normalisation, no biases in QKV and layer norms, and
+one pooled vector per image. No CLS token.
+
+Shapes: B rows, L tokens a row, N image slots a row, P values a patch, A axes of a
+grid, D width, H heads, K head width.
+
+Parameters, float32, a plain nested dict; the blocks are stacked on axis 0 whether or
+not they are scanned:
+
+  patch_embedding     kernel [P D], bias [D]
+  position_embedding  by scheme: table, tables, or kernel and bias; none if fixed
+  blocks
+    norm_1, norm_2    scale [depth D] (bias with bias_ln)
+    attention         query, key, value: kernel [depth D H K] (bias with bias_qkv)
+                      query_norm, key_norm: scale [depth K] (with qk_norm)
+                      out: kernel [depth H K D], bias [depth D] (with bias_mlp)
+    mlp               up: kernel [depth D hidden], down: kernel [depth hidden D];
+                      bias with bias_mlp
+  norm                scale [D]
+  pool                with pooling="map": probe [1 D]; query, key, value, out, norm
+                      and mlp as those of a block, not stacked
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from navit_jax import config
+from navit_jax.errors import ConfigError
+from navit_jax.models import pooling, sizes
+from navit_jax.models.choices import pick
+from navit_jax.models.dropout import draw
+from navit_jax.models.layers import Block, layer_norm
+from navit_jax.models.positions import POSITIONS
+from navit_jax.models.rope import Rope
+
+# What the backward pass of a block keeps from the forward pass.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def normalise(
+    patches: UInt8[Array, "B L P"] | Float[Array, "B L P"],
+) -> Float[Array, "B L P"]:
+    """Maps uint8 pixels to [-1, 1] in float32; floats are taken as they are."""
+    if patches.dtype == jnp.uint8:
+        return patches.astype(jnp.float32) / 127.5 - 1
+    return patches
+
+
+class NaViT(nn.Module):
+    """The packed encoder.
+
+    Attributes:
+      size: As in `sizes.spec`, e.g. "B/16".
+      width, depth, num_heads, mlp: Replace what `size` says.
+      positions: `name` and arguments of one of `positions.POSITIONS`.
+      pooling: "map" (attention pooling), "mean", or "none".
+      bias_qkv, bias_ln: Biases of query, key and value, and of layer norms.
+      bias_mlp: Biases of MLPs and of the projections after attention.
+      qk_norm: Whether queries and keys are layer-normalised per head.
+      attention: As in `attention.packed_attention`.
+      dtype: Of activations, "float32" or "bfloat16". Parameters, positions, softmax
+        and the statistics of layer norms are float32 in both.
+      scan: One compiled block run `depth` times; False compiles each. The parameters
+        are the same.
+      remat: What the backward pass keeps of a block, one of `REMAT`: "none" keeps
+        everything, "full" nothing.
+      drop_path: Rate at which the last block drops a branch of an image.
+      dropout: Rate at which entries of a residual branch are dropped.
+    """
+
+    size: str = "B/16"
+    width: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp: int | None = None
+    positions: Mapping[str, Any] = FrozenDict(name="factorized")
+    pooling: str = "map"
+    bias_qkv: bool = False
+    bias_ln: bool = False
+    bias_mlp: bool = True
+    qk_norm: bool = True
+    attention: str = "auto"
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+    drop_path: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        # A module with a plain dict can not be hashed: no key of a jit cache.
+        object.__setattr__(self, "positions", FrozenDict(self.positions))
+        super().__post_init__()
+
+    @property
+    def spec(self) -> sizes.Spec:
+        """The shape of the encoder, with what replaces it.
+
+        Raises:
+          ConfigError: a width that its heads do not divide.
+        """
+        replaced = {
+            name: getattr(self, name)
+            for name in sizes.Spec._fields
+            if getattr(self, name) is not None
+        }
+        spec = sizes.spec(self.size)._replace(**replaced)
+        if spec.width % (2 * spec.num_heads):
+            raise ConfigError(
+                f"config.model.num_heads={spec.num_heads}: the width {spec.width} must"
+                " divide into heads of an even width"
+            )
+        return spec
+
+    @property
+    def max_side(self) -> int:
+        """The most patches a side of a grid that the positions know."""
+        where = "model.positions"
+        unused = config.build(self.positions, POSITIONS, where, width=1, parent=None)
+        return unused.length
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: UInt8[Array, "B L P"] | Float[Array, "B L P"],
+        coords: Int[Array, "B L A"],
+        segment_ids: Int[Array, "B L"],
+        grids: Int[Array, "B N A"],
+        image_keys: Key[Array, "B N"] | None = None,
+    ) -> dict[str, Array]:
+        """Encodes and pools the images of each row.
+
+        Args:
+          patches: uint8 pixels, or floats already normalised.
+          coords: Indices of each patch in its image's grid, before any was dropped.
+          segment_ids: 1.. in the order of packing, 0 = padding.
+          grids: Patches a side of each image; anything in an empty slot.
+          image_keys: Keys of the images for drop path and dropout; None drops nothing.
+
+        Returns:
+          `tokens` [B L D], 0 at padding; `pooled` [B N D], 0 in slots without a token,
+          absent with pooling="none".
+
+        Raises:
+          ConfigError: an attribute has no such choice, or widths that do not divide.
+        """
+        spec, dtype = self.spec, pick("model.dtype", self.dtype, DTYPES)
+        N, real = grids.shape[1], (segment_ids > 0)[..., None]
+        slots = jnp.maximum(segment_ids - 1, 0)
+        token_grids = jnp.take_along_axis(grids, slots[..., None], axis=1)
+
+        # Zeroed rather than trusted: 0 x NaN of a padded patch would spoil gradients.
+        pixels = jnp.where(real, normalise(patches), 0)
+        embed = nn.Dense(spec.width, dtype=dtype, name="patch_embedding")
+        tokens = embed(pixels)
+        rotary = POSITIONS.get(self.positions.get("name", "")) is Rope
+        positions = config.build(
+            self.positions,
+            POSITIONS,
+            "model.positions",
+            width=spec.width // spec.num_heads // 2 if rotary else spec.width,
+            name="position_embedding",
+        )(coords, token_grids)
+        if not rotary:
+            tokens = (tokens + positions).astype(dtype)
+
+        draws = {}
+        if image_keys is not None:
+            draws = draw(
+                image_keys, slots, coords, spec.depth, self.drop_path, self.dropout
+            )
+        angles = positions if rotary else None
+        tokens, _ = self._blocks(spec, dtype)(tokens, draws, segment_ids, angles)
+        tokens = layer_norm(self.bias_ln, dtype, "norm")(tokens)
+        tokens = jnp.where(real, tokens, 0)
+        return {"tokens": tokens} | self._pool(tokens, segment_ids, N, spec, dtype)
+
+    def _blocks(self, spec: sizes.Spec, dtype: Any) -> nn.Module:
+        block, policy = Block, pick("model.remat", self.remat, REMAT)
+        if policy is not None:
+            # A loop's iterations are not merged; blocks compiled in a line could be.
+            block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
+            length=spec.depth,
+            unroll=1 if self.scan else spec.depth,
+        )
+        return stack(
+            num_heads=spec.num_heads,
+            hidden=spec.mlp,
+            bias_qkv=self.bias_qkv,
+            bias_ln=self.bias_ln,
+            bias_mlp=self.bias_mlp,
+            qk_norm=self.qk_norm,
+            implementation=self.attention,
+            dropout=self.dropout,
+            dtype=dtype,
+            name="blocks",
+        )
+
+    def _pool(
+        self,
+        tokens: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        num_slots: int,
+        spec: sizes.Spec,
+        dtype: Any,
+    ) -> dict[str, Array]:
+        pool = pick("model.pooling", self.pooling, POOLING)
+        if pool is None:
+            return {}
+        masks = pooling.image_masks(segment_ids, num_slots)
+        return {"pooled": pool(self, spec, dtype)(tokens, masks)}
+
+
+def _map_pool(model: NaViT, spec: sizes.Spec, dtype: Any) -> pooling.AttentionPool:
+    return pooling.AttentionPool(
+        num_heads=spec.num_heads,
+        hidden=spec.mlp,
+        bias_qkv=model.bias_qkv,
+        bias_ln=model.bias_ln,
+        bias_mlp=model.bias_mlp,
+        dtype=dtype,
+        name="pool",
+    )
+
+
+POOLING: dict[str, Callable[..., Any] | None] = {
+    "map": _map_pool,
+    "mean": lambda *_: pooling.mean_pool,
+    "none": None,
+}

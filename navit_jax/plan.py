@@ -1,0 +1,96 @@
+"""What a config will do: `python -m navit_jax.plan --config=... --packing`.
+
+Prints padding, images a row, slot use and attention work of the packing plan, without
+reading a pixel, and draws a picture of packed rows.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from navit_jax import command_line, experiment, pictures
+from navit_jax import config as config_lib
+from navit_jax.data import Stream
+from navit_jax.errors import ConfigError
+
+
+def packing_report(config: Mapping[str, Any], windows: int = 1) -> str:
+    """A table of what the first windows of the training stream are like.
+
+    Args:
+      windows: How many are planned for it.
+    """
+    stream = experiment.build_stream(config)
+    plan = stream.plan
+    first = plan.report(windows)
+    images = round(first["images_per_row"] * plan.rows * config["steps"])
+    report = plan.report(windows, images=images)
+    shares = zip(stream.loader.sources, report["source_shares"], strict=True)
+    epoch = sum(len(table) for table in plan.tables)
+    rates = [f"{rate:.2f}" for rate in report["drop_rate"]]
+    lines = [
+        ("batch", f"{plan.rows} rows x {plan.tokens} tokens x {plan.slots} slots"),
+        ("planned here", f"{report['rows']:,} rows, {report['images']:,} images"),
+        ("padding", f"{report['padding']:.2%} of the tokens"),
+        ("images a row", f"{report['images_per_row']:.2f}"),
+        ("slot use", f"{report['slot_use']:.1%}; {report['full_rows']:.1%} of the rows"
+         " have no slot left"),
+        ("slots that suffice", f"{report['enough_slots']}, at 0.05 points of padding"),
+        ("attention work", f"{report['attention_work']:.3f} of dense rows"),
+        ("images that had to shrink", f"{report['shrunk']:,}"),
+        ("token dropping, first to last", " to ".join(rates)),
+        ("sources", ", ".join(f"{s.name} {share:.1%}" for s, share in shares)),
+        ("images of the run", f"{images:,} in {config['steps']:,} steps, "
+         f"{images / epoch:.1f} times the {epoch:,} there are"),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
+
+
+def draw_rows(stream: Stream, path: epath.Path, num_rows: int = 12) -> None:
+    """Draws the first planned rows as bars of tokens, one colour an image."""
+    window = stream.plan.plan_window(*stream.plan.label(0))
+    rows = [window.row(r).kept.tolist() for r in range(min(num_rows, len(window)))]
+    _save(pictures.draw_plan(rows, stream.plan.tokens), path)
+
+
+def draw_images(stream: Stream, path: epath.Path, num_rows: int = 3) -> None:
+    """Loads the first rows and draws their images above the tokens they take."""
+    window = stream.plan.plan_window(*stream.plan.label(0))
+    planned = [window.row(r) for r in range(min(num_rows, len(window)))]
+    batch = stream.loader.pack(stream.loader.load(planned).images)
+    _save(pictures.draw_batch(batch, stream.plan.patch, num_rows), path)
+
+
+def _save(figure: Any, path: epath.Path) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def define_main() -> Callable[[], int]:
+    """Defines the flags, and returns what reads them and reports."""
+    config = command_line.define_config()
+    packing = flags.DEFINE_bool("packing", False, "Report the packing plan")
+    windows = flags.DEFINE_integer("windows", 1, "Windows that are planned for it")
+    picture = flags.DEFINE_string("picture", "packing.png", "Where its picture goes")
+    images = flags.DEFINE_bool("images", False, "Draw the images too, not only bars")
+
+    def main() -> int:
+        if not packing.value:
+            raise ConfigError("say what to plan: --packing")
+        resolved = config_lib.resolve(config.value)
+        experiment.check_sections(resolved)
+        print(packing_report(resolved, windows.value))
+        stream = experiment.build_stream(resolved)
+        draw = draw_images if images.value else draw_rows
+        draw(stream, epath.Path(picture.value))
+        print(f"picture: {picture.value}")
+        return 0
+
+    return main
+
+
+if __name__ == "__main__":
+    command_line.run(define_main())

@@ -1,0 +1,106 @@
+"""A run's folder: its config, what it ran on, and what may change on resuming."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from navit_jax import config as config_lib
+from navit_jax import run_lock
+from navit_jax.errors import ConfigError
+
+# Keys that change neither the batches nor what a step computes from them.
+HARMLESS = re.compile(
+    r"steps$|checkpoint\.|evals\.|mesh\.|train\.(?!ema)|data\.(workers|threads|prefetch)$|"
+    r"model\.(attention|remat|scan)$"
+)
+
+
+@contextlib.contextmanager
+def hold(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of the folder; process 0 holds the lock for its job.
+
+    Returns:
+      What raises a ConfigError if another run has taken the folder over since.
+
+    Raises:
+      ConfigError: the folder can not be written, or another run holds it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write_test_{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} can not be written: {error}") from error
+    if jax.process_index() == 0:
+        with run_lock.hold(workdir, take_over) as lock:
+            yield lock.check
+    else:
+        yield lambda: None
+
+
+def store_config(
+    workdir: epath.Path, config: Mapping[str, Any], allow_config_change: bool
+) -> None:
+    """Stores the resolved config, or checks it against the one stored there.
+
+    Raises:
+      ConfigError: the folder belongs to another config; the message lists the keys that
+        differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        _check_same(path, config, allow_config_change)
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+        (workdir / "environment.json").write_text(json.dumps(environment(), indent=2))
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+    """The resolved config a run stored; data, never code."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"--workdir={workdir} holds no run: {path} is missing")
+    return json.loads(path.read_text())
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its config."""
+    names = ("navit_jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "pillow")
+    return {
+        "python": sys.version.split()[0],
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "cpu_threads": len(os.sched_getaffinity(0)),
+        "devices": [d.device_kind for d in jax.devices()],
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "versions": {name: metadata.version(name) for name in names},
+        "command": sys.argv,
+    }
+
+
+def _check_same(path: epath.Path, config: Mapping[str, Any], allow: bool) -> None:
+    changes = config_lib.differences(json.loads(path.read_text()), config)
+    lines = [f"  {key}: {old!r} -> {new!r}" for key, old, new in changes]
+    if not changes:
+        return
+    if allow or all(HARMLESS.match(key) for key, _, _ in changes):
+        logging.warning("the config changed on resuming:\n%s", "\n".join(lines))
+        return
+    raise ConfigError(
+        f"{path} is of another config:\n"
+        + "\n".join(lines)
+        + "\nuse another --workdir, "
+        "or --allow_config_change if this is what you want"
+    )

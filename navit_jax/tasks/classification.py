@@ -1,0 +1,135 @@
+"""Classification of packed images: one pooled vector an image, one or more labels.
+
+Shapes: B rows, L tokens a row, N image slots a row, C classes, K labels an image.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from navit_jax.batch import PackedBatch
+from navit_jax.errors import ConfigError
+from navit_jax.losses import classification as losses
+from navit_jax.metrics import Mean, fold, hits, masked
+from navit_jax.models.heads import Linear
+from navit_jax.tasks.randomness import image_keys
+
+Params = Mapping[str, Any]
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear head on its pooled vectors.
+
+    Attributes:
+      encoder: Gives `pooled` [B N D].
+      num_classes: C.
+      head_bias: Initial value of the head's bias.
+    """
+
+    encoder: nn.Module
+    num_classes: int
+    head_bias: float
+
+    @nn.compact
+    def __call__(self, batch: PackedBatch, keys: Any = None) -> dict[str, Any]:
+        """Returns `pooled` [B N D] and `logits` [B N C]."""
+        out = self.encoder(
+            batch.patches, batch.coords, batch.segment_ids, batch.grids, keys
+        )
+        head = Linear(self.num_classes, bias_init=self.head_bias, name="head")
+        return {"pooled": out["pooled"], "logits": head(out["pooled"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Sigmoid or softmax cross-entropy over the valid images of the global batch.
+
+    An image without any label (all -1) counts in no loss and no metric.
+
+    Attributes:
+      encoder: The packed encoder.
+      num_classes: C.
+      loss_name: "sigmoid" (multi-label; summed over classes, mean over images) or
+        "softmax".
+      label_smoothing: Of the softmax.
+      head_bias: Initial bias of the head; None is -log(C - 1) for the sigmoid, so that
+        training starts at the rate of one label in C, and 0 for the softmax. The JFT
+        recipe of the ViT it follows has -10.
+    """
+
+    encoder: nn.Module
+    num_classes: int
+    loss_name: str = "sigmoid"
+    label_smoothing: float | int = 0.0
+    head_bias: float | int | None = None
+
+    def __post_init__(self):
+        if self.loss_name not in ("sigmoid", "softmax"):
+            raise ConfigError(
+                f"config.task.loss_name={self.loss_name!r}: use 'sigmoid' or 'softmax'"
+            )
+        if self.label_smoothing and self.loss_name == "sigmoid":
+            raise ConfigError("config.task.label_smoothing is for loss_name='softmax'")
+
+    @property
+    def model(self) -> Classifier:
+        """The module whose parameters are trained."""
+        bias = self.head_bias
+        if bias is None:
+            prior = -math.log(max(self.num_classes - 1, 1))
+            bias = prior if self.loss_name == "sigmoid" else 0.0
+        return Classifier(self.encoder, self.num_classes, bias)
+
+    def init(self, key: jax.Array, batch: PackedBatch) -> Params:
+        """Fresh parameters, as a nested dict."""
+        return self.model.init(key, batch)["params"]
+
+    def weights(self, batch: PackedBatch) -> dict[str, jax.Array]:
+        """The number of labelled images."""
+        return {"images": labelled(batch).sum(dtype=jnp.float32)}
+
+    def loss(
+        self,
+        params: Params,
+        batch: PackedBatch,
+        key: jax.Array,
+        weights: Mapping[str, jax.Array],
+    ) -> tuple[jax.Array, dict[str, Mean]]:
+        """Sum of the images' losses over the given number of images."""
+        keys = image_keys(key, batch.image_ids)
+        logits = self._apply(params, batch, keys)["logits"]
+        means = {k: fold(v) for k, v in self._means(logits, batch).items()}
+        return means["loss"].total / jnp.maximum(weights["images"], 1), means
+
+    def outputs(self, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
+        """`pooled` [B N D] and `logits` [B N C], nothing dropped, nothing random."""
+        return self._apply(params, batch)
+
+    def metrics(self, params: Params, batch: PackedBatch) -> dict[str, Mean]:
+        """Loss and accuracy [B N] of each image, for evaluation."""
+        return self._means(self.outputs(params, batch)["logits"], batch)
+
+    def _means(self, logits: jax.Array, batch: PackedBatch) -> dict[str, Mean]:
+        mask, right = labelled(batch), hits(logits, batch.targets["labels"])
+        losses_ = masked(self._losses(logits, batch), mask)
+        return {"loss": losses_, "accuracy": masked(right, mask)}
+
+    def _apply(self, params: Params, batch: PackedBatch, keys: Any = None) -> Any:
+        return self.model.apply({"params": params}, batch, keys)
+
+    def _losses(self, logits: jax.Array, batch: PackedBatch) -> jax.Array:
+        labels = batch.targets["labels"]
+        logits = logits.astype(jnp.float32)
+        if self.loss_name == "sigmoid":
+            return losses.sigmoid_loss(logits, labels)
+        return losses.softmax_loss(logits, labels, self.label_smoothing)
+
+
+def labelled(batch: PackedBatch) -> jax.Array:
+    """[B N], the slots that hold an image with at least one label."""
+    return batch.image_mask & (batch.targets["labels"] >= 0).any(-1)

@@ -1,0 +1,251 @@
+"""Trains: `python -m navit_jax.train --config=configs/smoke.py --workdir=runs/demo`.
+
+The same command on the same folder resumes. The loop is: step, report, save, evaluate.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import flags, logging
+from clu import parameter_overview
+from etils import epath
+
+from navit_jax import (
+    checkpoint,
+    command_line,
+    compile,
+    evaluate,
+    experiment,
+    host_signals,
+    peak_flops,
+    run_folder,
+    sharding,
+    signals,
+)
+from navit_jax import config as config_lib
+from navit_jax.batch import BatchInfo, PackedBatch
+from navit_jax.data.quality import QualityLimit
+from navit_jax.errors import PREEMPTED, NumericsError
+from navit_jax.progress import Progress
+from navit_jax.reporting import MetricWriter
+
+
+def train(
+    config: Mapping[str, Any],
+    workdir: epath.PathLike,
+    *,
+    take_over: bool = False,
+    allow_config_change: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> int:
+    """Trains what the config says, from scratch or from where the folder's run stopped.
+
+    Args:
+      config: Resolved, as `config.resolve` gives it.
+      workdir: The run's folder.
+      take_over: Take the folder from a run that holds it and is known to be dead.
+      allow_config_change: Resume although the config differs from the stored one.
+      profile: First and last step of a profiler trace.
+
+    Returns:
+      0 when all steps are done, 42 when it saved and left because it was told to stop.
+
+    Raises:
+      ConfigError, DataError, NumericsError, CheckpointError: see errors.py.
+    """
+    experiment.check_sections(config)
+    workdir = epath.Path(workdir).absolute()
+    with (
+        signals.stop_requests() as stop,
+        run_folder.hold(workdir, take_over) as check_lock,
+    ):
+        run_folder.store_config(workdir, config, allow_config_change)
+        mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
+        with jax.set_mesh(mesh):
+            run = Run(config, workdir, mesh, stop, check_lock)
+            return run.loop(profile)
+
+
+class Run:
+    """Everything a run is made of, and its loop."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        workdir: epath.Path,
+        mesh: jax.sharding.Mesh,
+        stop: signals.StopRequest,
+        check_lock: Callable[[], None],
+    ):
+        """Builds what the config names, and restores or initialises the state."""
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.stop, self.check_lock = stop, check_lock
+        self.steps = config["steps"]
+        self.options = experiment.train_options(config)
+        self.stream = experiment.build_stream(config)
+        sharding.rows_per_step(self.stream.plan.rows, mesh, self.options.accumulate)
+        self.task = experiment.build_task(config, self.stream.num_classes)
+        self.quality = QualityLimit(self.options.bad_images)
+        self.saves = config_lib.call(
+            checkpoint.Checkpoints,
+            config.get("checkpoint", {}),
+            "checkpoint",
+            folder=workdir / "checkpoints",
+        )
+        program = compile.Program(config, self.task, self.stream.example(), mesh)
+        restored = self.saves.restore(program.abstract)
+        meta: Mapping[str, Any] = {}
+        if restored:
+            self.first, self.state, meta = (
+                restored.step,
+                restored.state,
+                restored.metadata,
+            )
+            logging.info("resuming after step %d of %d", self.first, self.steps)
+            self.stream.plan.check_fingerprint(meta["fingerprint"])
+        else:
+            self.first, self.state = 0, program.first_state()
+            overview = parameter_overview.get_parameter_overview(self.state.params)
+            logging.info("parameters:\n%s", overview)
+        self.step_fn = program.step()
+        self.position = meta.get("position")
+        self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
+        self.evaluator = evaluate.Evaluator(config, self.task, mesh)
+        self.progress = self._progress(program, meta)
+        self.last_eval: dict[str, float] = {}
+
+    def loop(self, profile: tuple[int, int] | None = None) -> int:
+        """Steps, reports, saves, evaluates; returns the exit code."""
+        batches = self.stream.batches(self.rows, self.position)
+        pending: list[tuple[int, PackedBatch, BatchInfo, Any]] = []
+        step, stopped = self.first, False
+        while step < self.steps and not stopped:
+            _trace(profile, step, self.workdir)
+            host, info = next(batches)
+            numbers = host_signals.encode(info, self.stop.requested)
+            batch, numbers = sharding.place((host, numbers), self.mesh)
+            self.state, metrics = self.step_fn(self.state, batch, numbers)
+            step += 1
+            # Read one step late, so that the devices never wait for the host.
+            pending.append((step, host, info, metrics))
+            stopped = len(pending) > 1 and self._read(*pending.pop(0))
+            if stopped or self._due(step, "save_every", "evaluate_every"):
+                while pending:
+                    self._read(*pending.pop(0))
+                self._evaluate(step)
+                self._save(step)
+        self.saves.close()
+        self.progress.close()
+        return PREEMPTED if step < self.steps else 0
+
+    def _due(self, step: int, *names: str) -> bool:
+        every = [getattr(self.options, name) for name in names]
+        return step == self.steps or any(n and step % n == 0 for n in every)
+
+    def _read(
+        self, step: int, host: PackedBatch, info: BatchInfo, metrics: Any
+    ) -> bool:
+        """Takes in what a finished step says; returns whether some host must stop."""
+        metrics = jax.device_get(metrics)
+        for name, reason in info.skipped:
+            logging.warning("step %d: %s can not be used: %s", step, name, reason)
+        self.quality.note(info.skipped)
+        self.place = host_signals.decode(metrics["signals"])
+        self.progress.add(step, info, self.place, metrics)
+        if not metrics["finite"]:
+            self._report_nonfinite(step, host, info, metrics)
+        self.quality.check(self.place.planned, self.place.skipped)
+        return self.place.stop
+
+    def _report_nonfinite(
+        self, step: int, host: PackedBatch, info: BatchInfo, metrics: Any
+    ) -> None:
+        """Names the images of a step that changed nothing, and ends the run if many."""
+        names = [name for row in info.keys for name in row]
+        path = self.workdir / f"nonfinite_step_{step}.txt"
+        path.write_text("\n".join(names) + "\n")
+        logging.error(
+            "step %d is not finite (loss %s, gradient norm %s) and changed nothing; "
+            "its %d images are named in %s",
+            step, metrics["loss"], metrics["gradient_norm"], len(names), path,
+        )  # fmt: skip
+        if metrics["nonfinite"] > self.options.nonfinite_steps:
+            raise NumericsError(
+                f"{metrics['nonfinite']} steps were not finite, the limit is "
+                f"config.train.nonfinite_steps={self.options.nonfinite_steps}; lower "
+                f"config.optim.lr, or look at the images in {path}"
+            )
+
+    def _evaluate(self, step: int) -> None:
+        self.last_eval = {}
+        if not self._due(step, "evaluate_every"):
+            return
+        begun = time.monotonic()
+        params = self.state.ema or self.state.params
+        self.last_eval = self.evaluator.run(params)
+        self.progress.evaluated(step, self.last_eval, time.monotonic() - begun)
+
+    def _save(self, step: int) -> None:
+        self.check_lock()
+        metadata = {
+            "position": self.place.position,
+            "images_seen": self.place.images_seen,
+            "fingerprint": self.stream.plan.fingerprint(),
+            "tokens_seen": self.progress.tokens_seen,
+            "environment": run_folder.environment(),
+        }
+        self.saves.save(step, self.state, metadata, self.last_eval)
+
+    def _progress(self, program: compile.Program, meta: Mapping[str, Any]) -> Progress:
+        plan = self.stream.plan
+        return Progress(
+            writer=MetricWriter(
+                self.workdir, self.first, active=jax.process_index() == 0
+            ),
+            first_step=self.first,
+            steps=self.steps,
+            report_every=self.options.report_every,
+            rows=plan.rows,
+            num_tokens=plan.tokens,
+            schedule=program.schedule,
+            flops=experiment.flops_counter(self.config),
+            peak_flops=peak_flops.peak_flops(jax.devices()[0]) * jax.device_count(),
+            tokens_seen=meta.get("tokens_seen", 0),
+        )
+
+
+def _trace(profile: tuple[int, int] | None, step: int, workdir: epath.Path) -> None:
+    if profile and step == profile[0]:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    if profile and step == profile[1]:
+        jax.profiler.stop_trace()
+        logging.info("profiler trace: %s", workdir / "profile")
+
+
+def define_main() -> Callable[[], int]:
+    """Defines the flags, and returns what reads them and trains."""
+    config = command_line.define_config()
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
+    take_over = flags.DEFINE_bool("take_over", False, "Take the folder from a dead run")
+    allow = flags.DEFINE_bool(
+        "allow_config_change", False, "Resume although the config differs"
+    )
+    window = flags.DEFINE_list("profile", None, "First and last step of a trace: 10,15")
+
+    def main() -> int:
+        trace = window.value
+        return train(
+            config_lib.resolve(config.value),
+            workdir.value,
+            take_over=take_over.value,
+            allow_config_change=allow.value,
+            profile=(int(trace[0]), int(trace[1])) if trace else None,
+        )
+
+    return main
+
+
+if __name__ == "__main__":
+    command_line.run(define_main())

@@ -1,0 +1,173 @@
+"""The state of a run on the devices, and one step of it as a pure function.
+
+Shapes: B rows, N image slots a row.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from navit_jax import optim
+from navit_jax.batch import PackedBatch, pytree
+from navit_jax.metrics import Mean
+from navit_jax.tasks import Task
+from navit_jax.tasks.masked_patches import tokens_of_slots
+
+Params = Mapping[str, Any]
+
+
+@pytree
+class TrainState:
+    """All that a step changes, and all that a checkpoint needs of the devices.
+
+    Attributes:
+      step: Steps done, skipped ones included.
+      params: The parameters.
+      opt_state: The optimiser's state; it does not count skipped steps.
+      ema: Running mean of the parameters, {} if there is none.
+      nonfinite: Steps whose loss or gradient was not finite, so changed nothing.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    nonfinite: Any
+
+
+def init_state(
+    task: Task,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    batch: PackedBatch,
+    ema_decay: float = 0.0,
+) -> TrainState:
+    """A fresh state; `batch` gives shapes only."""
+    params = task.init(key, batch)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        # A copy: donated buffers must not be shared by two leaves.
+        ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        nonfinite=jnp.zeros((), jnp.int32),
+    )
+
+
+def batch_counts(batch: PackedBatch) -> dict[str, jax.Array]:
+    """Images, tokens and attention pairs (sum of n_i^2) of a batch, as float32."""
+    tokens = tokens_of_slots(batch.segment_ids, batch.image_mask.shape[1])
+    tokens = tokens.astype(jnp.float32)
+    return {
+        "images": batch.image_mask.sum(dtype=jnp.float32),
+        "tokens": tokens.sum(),
+        "attention_pairs": jnp.square(tokens).sum(),
+    }
+
+
+def split_rows(tree: Any, accumulate: int, shards: int) -> Any:
+    """[B ...] to [accumulate B/accumulate ...], each device keeping its own rows.
+
+    Args:
+      shards: Number of devices the rows are spread over.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.shape[0] // (shards * accumulate)
+        x = x.reshape(shards, accumulate, rows, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(accumulate, shards * rows, *x.shape[3:])
+
+    return jax.tree.map(split, tree)
+
+
+def loss_and_gradients(
+    task: Task, accumulate: int = 1, shards: int = 1
+) -> Callable[..., tuple[tuple[jax.Array, dict[str, Mean]], Params]]:
+    """(params, batch, key) to ((loss, metrics), gradients), in `accumulate` passes.
+
+    The task's weights are summed over all micro-batches first, so the gradients are
+    those of the whole batch, however its images fall into micro-batches.
+    """
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+
+    def whole(params, batch, key):
+        return gradient(params, batch, key, task.weights(batch))
+
+    def in_parts(params, batch, key):
+        parts = split_rows(batch, accumulate, shards)
+        weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(task.weights)(parts))
+
+        def add(total, part):
+            result = gradient(params, part, key, weights)
+            return jax.tree.map(jnp.add, total, result), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(gradient, params, first, key, weights),
+        )
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return whole if accumulate == 1 else in_parts
+
+
+def train_step(
+    state: TrainState,
+    batch: PackedBatch,
+    signals: Int[Array, "B S"],
+    *,
+    task: Task,
+    tx: optax.GradientTransformation,
+    seed: int,
+    accumulate: int = 1,
+    shards: int = 1,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step: a pure function of state and batch.
+
+    A step whose loss or gradient is not finite changes neither parameters, nor the
+    optimiser, nor the running mean; only the step and the count of such steps go on.
+
+    Args:
+      signals: Numbers of the host for each row, summed over all hosts, so that every
+        host reads the same totals.
+
+    Returns:
+      The new state, and metrics: the task's means, `loss`, `gradient_norm`, `finite`,
+      the counts of the batch, `signals` [S].
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    compute = loss_and_gradients(task, accumulate, shards)
+    (loss, means), gradients = compute(state.params, batch, key)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay:
+        ema = optim.update_ema(ema, params, ema_decay)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        ema=keep(ema, state.ema),
+        nonfinite=state.nonfinite + ~finite,
+    )
+    metrics = {
+        "means": means,
+        "loss": loss,
+        "gradient_norm": norm,
+        "finite": finite,
+        "nonfinite": new_state.nonfinite,
+        "counts": batch_counts(batch),
+        "signals": signals.sum(0),
+    }
+    return new_state, metrics

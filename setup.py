@@ -1,0 +1,68 @@
+"""Installs navit_jax: `pip install -e .[test]`; `make test` does it for you."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (HERE / "navit_jax/__init__.py").read_text(),
+    re.MULTILINE,
+)
+assert VERSION, "navit_jax/__init__.py must set __version__"
+
+# Ranges, not pins: what the code needs. requirements.txt holds the exact set that
+# the tests ran with (`make lock`).
+REQUIRE = [
+    "jax>=0.10.2,<0.12",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorflow-datasets>=4.9.10",
+    "array-record>=0.8.3",
+    "grain>=0.2.18",
+    "ml-collections>=1.1",
+    "chex>=0.1.92",
+    "clu>=0.0.12",
+    "numpy>=2.1",
+    "scipy>=1.14",
+    "jaxtyping>=0.3",
+    "pillow>=11",
+    "tensorboardX>=2.6",
+    "matplotlib>=3.9",
+    "tqdm>=4.66",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda13]"],
+    # Faster JPEG decoding and resizing in the input pipeline.
+    "fast": ["simplejpeg>=1.8", "opencv-python-headless>=4.10"],
+    # Reading and writing other people's checkpoints.
+    "weights": ["safetensors>=0.5", "onnx>=1.17"],
+    "test": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "beartype>=0.20",
+        "hypothesis>=6.120",
+        "psutil>=6",
+        "ruff>=0.9",
+        "basedpyright>=1.28",
+    ],
+}
+
+setuptools.setup(
+    name="navit_jax",
+    version=VERSION.group(1),
+    description="Trains vision transformers on images of any size and shape, in JAX.",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["navit_jax", "navit_jax.*"]),
+    package_data={"navit_jax": ["data/clipart/**/*", "py.typed"]},
+    install_requires=REQUIRE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,168 @@
+import json
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+from PIL import Image
+
+from navit_jax import checkpoint, evaluate, reporting, run_folder, signals, train
+from navit_jax.errors import ConfigError, DataError, NumericsError
+
+EVALS = {
+    "validation": {
+        "sources": {"clipart": {"name": "clipart", "split": "validation"}},
+        "sides": (32, 48),
+    }
+}
+
+
+def params(workdir):
+    found = checkpoint.restore_params(epath.Path(workdir) / "checkpoints")
+    return found.step, jax.device_get(found.state)
+
+
+def losses(workdir):
+    records = reporting.read_metrics(epath.Path(workdir))
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    config = tiny.config(evals=EVALS, train__report_every=1)
+    assert train.train(config, workdir) == 0
+    return workdir
+
+
+def stop_after(monkeypatch, num_reads):
+    """Asks a run to stop when the loop looks for the so-manieth time."""
+    reads = iter(range(10**6))
+    wanted = property(lambda self: next(reads) >= num_reads)
+    monkeypatch.setattr(signals.StopRequest, "requested", wanted)
+
+
+def test_a_run_leaves_config_metrics_checkpoint_and_evaluation(unbroken):
+    assert run_folder.read_config(epath.Path(unbroken))["steps"] == 6
+    records = reporting.read_metrics(epath.Path(unbroken))
+    last = {k: v for r in records for k, v in r.items()}
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6, 6]
+    assert 0 <= last["pack/padding"] < 0.5
+    assert last["eval/validation_48/images"] == last["eval/validation_32/images"] > 100
+    assert last["throughput/mfu"] < last["throughput/mfu_padded"]
+    assert (unbroken / "tensorboard").is_dir()
+    assert params(unbroken)[0] == 6
+
+
+def test_a_stopped_run_goes_on_to_the_same_parameters_to_the_bit(
+    unbroken, tmp_path, monkeypatch
+):
+    config = tiny.config(evals=EVALS, train__report_every=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert train.train(config, tmp_path) == 42
+    step, _ = params(tmp_path)
+    assert step == 4  # asked at step 3, read one step late
+    assert train.train(config, tmp_path) == 0
+    chex.assert_trees_all_equal(params(tmp_path), params(unbroken))
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_another_number_of_devices_goes_on_with_the_same_batches(
+    unbroken, tmp_path, monkeypatch
+):
+    config = tiny.config(train__report_every=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert train.train(config, tmp_path) == 42
+    # Half of the rows in each of two passes, as half of the devices would take them.
+    fewer = tiny.config(train__report_every=1, mesh={"fsdp": 2, "tensor": 4})
+    assert train.train(fewer, tmp_path) == 0
+    positions = [
+        [
+            r["position"]
+            for r in reporting.read_metrics(epath.Path(w))
+            if "position" in r
+        ]
+        for w in (tmp_path, unbroken)
+    ]
+    assert positions[0] == positions[1]
+    got, wanted = losses(tmp_path), losses(unbroken)
+    np.testing.assert_allclose(list(got.values()), list(wanted.values()), rtol=1e-4)
+
+
+def test_evaluation_of_the_folder_gives_what_the_run_said(unbroken):
+    records = reporting.read_metrics(epath.Path(unbroken))
+    values = evaluate.evaluate(unbroken)
+    for name, value in values.items():
+        assert records[-1][name] == pytest.approx(value, rel=1e-5), name
+    written = json.loads((unbroken / "evaluation.json").read_text())
+    assert written["step"] == 6
+    assert written["values"] == values
+
+
+def test_a_folder_of_another_config_is_refused_by_the_keys_that_differ(unbroken):
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.5"):
+        train.train(tiny.config(optim__lr=0.5), unbroken)
+
+
+def test_a_key_that_nothing_reads_is_refused_with_the_nearest(tmp_path):
+    config = tiny.config()
+    config["data"]["flop"] = 1
+    with pytest.raises(ConfigError, match=r"data.flop is unknown; did you mean 'flip'"):
+        train.train(config, tmp_path)
+
+
+def test_too_many_bad_pictures_end_the_run_with_the_table_of_reasons(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    for i in range(6):
+        Image.new("RGB", (40, 40)).save(tmp_path / "data" / "a" / f"{i}.png")
+    for i in range(6):
+        (tmp_path / "data" / "a" / f"cut{i}.png").write_bytes(b"")
+    sources = {"mine": {"name": "folder", "path": str(tmp_path / "data")}}
+    config = tiny.config(data__sources=sources, train__bad_images=0.0005)
+    with pytest.raises(DataError, match=r"(?s)of the last .* empty +first: .*cut") as e:
+        train.train(config, tmp_path / "run")
+    assert e.value.exit_code == 3
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_and_name_the_images(tmp_path):
+    config = tiny.config(optim__lr=1e38, train__nonfinite_steps=1)
+    with pytest.raises(NumericsError, match=r"2 steps were not finite") as e:
+        train.train(config, tmp_path)
+    assert e.value.exit_code == 4
+    named = sorted(tmp_path.glob("nonfinite_step_*.txt"))
+    assert len(named) == 2
+    assert "clipart:" in named[0].read_text()
+
+
+def test_the_command_resumes_after_a_signal_and_refuses_a_second_run(tmp_path):
+    command = [
+        sys.executable, "-m", "navit_jax.train", "--config=configs/smoke.py",
+        f"--workdir={tmp_path}", "--config.model.width=32", "--config.model.depth=1",
+        "--config.train.report_every=1", "--config.steps=100000",
+    ]  # fmt: skip
+    with subprocess.Popen(command, cwd=tiny.ROOT, stderr=-1, text=True) as first:
+        try:
+            said = []
+            for line in first.stderr:
+                said.append(line)
+                if "step 2/" in line:
+                    break
+            assert first.poll() is None, "".join(said)
+            second = subprocess.run(
+                command, cwd=tiny.ROOT, capture_output=True, text=True
+            )
+            assert second.returncode == 2, second.stderr
+            assert f"in use by process {first.pid}" in second.stderr
+        finally:
+            first.send_signal(signal.SIGTERM)
+            first.stderr.read()
+    assert first.returncode == 42
+    saved, _ = params(tmp_path)
+    assert saved >= 3

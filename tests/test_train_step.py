@@ -1,0 +1,144 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from navit_jax import compile, experiment, host_signals, sharding
+
+ALL = np.arange(8)
+SIGNALS = np.zeros((8, 8), np.int32)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    stream = experiment.build_stream(tiny.config())
+    chosen = stream.batches(ALL)
+    return [next(chosen) for _ in range(10)]
+
+
+def run(config, batches, mesh, task=None):
+    """The state after all batches, and the metrics of each step."""
+    stream = experiment.build_stream(config)
+    task = task or experiment.build_task(config, stream.num_classes)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        program = compile.Program(config, task, stream.example(), mesh)
+        state, step, metrics = program.first_state(), program.step(), []
+        for host, info in batches:
+            numbers = host_signals.encode(info, False)
+            placed = sharding.place((host, numbers), mesh)
+            state, values = step(state, *placed)
+            metrics.append(jax.device_get(values))
+    return jax.device_get(state), metrics
+
+
+def losses(metrics):
+    return np.array([m["loss"] for m in metrics], np.float64)
+
+
+@pytest.fixture(scope="module")
+def single(batches):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return run(tiny.config(), batches, mesh)
+
+
+@pytest.mark.parametrize(
+    "axes", [{}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp", "all axes"]
+)
+def test_eight_devices_give_the_losses_of_one(batches, single, axes):
+    # The sums of a product split over devices are rounded in another order.
+    _, metrics = run(tiny.config(), batches, sharding.make_mesh(**axes))
+    np.testing.assert_allclose(losses(metrics), losses(single[1]), rtol=1e-5)
+    assert losses(metrics)[-1] < losses(metrics)[0]
+
+
+@pytest.mark.parametrize("task", ["classification", "masked_patches"])
+def test_accumulated_gradients_equal_those_of_the_big_batch(batches, task):
+    section = {"name": task}
+    changes = {"task": section, "optim__clip": 0.0}
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    states = [
+        run(tiny.config(**changes, train__accumulate=n), batches[:1], mesh)
+        for n in (1, 2)
+    ]
+    (one, first), (two, second) = states
+    np.testing.assert_allclose(losses(first), losses(second), rtol=1e-5)
+    norms = [m[0]["gradient_norm"] for m in (first, second)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    # Adam divides by the gradient's size, so only its clear signs can agree.
+    chex.assert_trees_all_close(one.params, two.params, atol=2e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned:
+    """A task whose loss is not finite as soon as one image is in the batch."""
+
+    task: object
+    image: tuple[int, int]
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def loss(self, params, batch, key, weights):
+        loss, means = self.task.loss(params, batch, key, weights)
+        here = (batch.image_ids == jnp.array(self.image, jnp.uint32)).all(-1)
+        return jnp.where((here & batch.image_mask).any(), jnp.nan, loss), means
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(batches):
+    config = tiny.config(train__ema=0.9)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    stream = experiment.build_stream(config)
+    image = tuple(batches[1][0].image_ids[0, 0].tolist())
+    task = Poisoned(experiment.build_task(config, stream.num_classes), image)
+    before, _ = run(config, batches[:1], mesh, task)
+    after, metrics = run(config, batches[:2], mesh, task)
+    assert [bool(m["finite"]) for m in metrics] == [True, False]
+    assert (after.step, after.nonfinite) == (2, 1)
+    for part in ("params", "opt_state", "ema"):
+        chex.assert_trees_all_equal(getattr(after, part), getattr(before, part))
+    chex.assert_tree_all_finite(after.params)
+
+
+def test_the_running_mean_follows_the_parameters(batches):
+    config = tiny.config(train__ema=0.75)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    states = [run(config, batches[:n], mesh)[0] for n in range(3)]
+    expected = jax.tree.map(np.float64, states[0].params)
+    for state in states[1:]:
+        new = jax.tree.map(np.float64, state.params)
+        expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, expected, new)
+    chex.assert_trees_all_close(states[2].ema, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_compiles_once_and_moves_nothing_by_itself(batches):
+    config = tiny.config()
+    stream = experiment.build_stream(config)
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        task = experiment.build_task(config, stream.num_classes)
+        program = compile.Program(config, task, stream.example(), mesh)
+        state, step = program.first_state(), program.step()
+        for host, info in batches[:4]:
+            placed = sharding.place((host, host_signals.encode(info, False)), mesh)
+            with jax.transfer_guard("disallow"):
+                state, _ = step(state, *placed)
+    assert step._cache_size() == 1
+
+
+def test_hosts_read_the_sums_of_what_all_of_them_say(batches):
+    _, info = batches[-1]
+    there = dataclasses.replace(
+        info, position=[None], images_seen=[None], skipped=[("a", "empty")] * 2
+    )
+    numbers = [host_signals.encode(info, False), host_signals.encode(there, True)]
+    totals = host_signals.decode(np.concatenate(numbers).sum(0))
+    planned = sum(map(len, info.keys))
+    assert totals == (2 * planned, 2, True, info.position, info.images_seen[0])
+    huge = dataclasses.replace(info, images_seen=[30_000_000_000])
+    assert (
+        host_signals.decode(host_signals.encode(huge, False).sum(0)).images_seen == 3e10
+    )
