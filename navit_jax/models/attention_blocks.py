@@ -68,7 +68,8 @@ def _plan(segment_ids: Int[Array, "B L"], block: int) -> Plan:
     first = lax.cummax(jnp.where(begins, at, 0))
     ends = jnp.roll(begins, -1)
     end = lax.cummin(jnp.where(ends, at + 1, Z), reverse=True)
-    full = jnp.minimum(at + block, Z)
+    # A block ends with its row, so that a NaN in one row stays there.
+    full = jnp.minimum(at + block, (at // L + 1) * L)
     cut = jnp.append(first, Z)[full]
     # Either the image goes on after a full block, or the block ends with an image.
     stop = jnp.where(cut <= at, full, cut)
@@ -115,7 +116,7 @@ def count_scores(segment_ids: Int[Array, "B L"], block: int = 64) -> Int[Array, 
 
     The least possible is the sum of n x n over images of n tokens.
     """
-    block = min(block, segment_ids.size)
+    block = min(block, segment_ids.shape[1])
     zero = jnp.zeros((), jnp.int32)
     step = lambda _queries, _keys, num_keys, total: total + num_keys * block**2  # noqa: E731
     return _visit(segment_ids, block, step, zero)
@@ -135,6 +136,8 @@ def _add(
 ) -> Float[Array, "Z H *k"]:
     """Adds to the tokens of a window."""
     more = more.swapaxes(0, 1).astype(x.dtype)
+    ours = (window.images > 0).reshape(-1, *(1,) * (x.ndim - 1))
+    more = jnp.where(ours, more, 0)
     more += lax.dynamic_slice_in_dim(x, window.begin, window.images.size)
     return lax.dynamic_update_slice_in_dim(x, more, window.begin, 0)
 
@@ -161,7 +164,7 @@ def blocks(
       segment_ids: 1.. for images, 0 for padding, which gives and gets exactly 0.
       block: Tokens of a block, of queries and of keys.
     """
-    block = min(block, segment_ids.size)
+    block = min(block, segment_ids.shape[1])
     return cast(Array, _blocks(q, k, v, segment_ids, block))
 
 
