@@ -97,7 +97,10 @@ def _load(argv: list[str]) -> dict | None:
     for arg in argv:
         if arg.startswith("--config="):
             values = flags.FlagValues()
-            holder = config_flags.DEFINE_config_file("config", flag_values=values)
-            values(["config", arg])
+            alone = ["config", arg]
+            holder = config_flags.DEFINE_config_file(
+                "config", flag_values=values, sys_argv=alone
+            )
+            values(alone)
             return config_lib.resolve(holder.value)
     return None

@@ -15,7 +15,7 @@ from navit_jax.data.patches import unpatchify
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b")
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float | int, height: float | int) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

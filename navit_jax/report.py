@@ -174,7 +174,7 @@ def _resolutions(workdir: epath.Path, records: Sequence[Mapping[str, Any]]) -> s
     return _svg(figure) + _table((k, _number(v)) for k, v in values)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float | int, height: float | int) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -139,7 +139,7 @@ def progress_line(step: int, steps: int, left: float, values: Mapping[str, Any])
     return "".join(parts)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Seconds as 1h02m, 3m05s or 9s; ? if unknown."""
     if not math.isfinite(seconds):
         return "?"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
 from etils import epath
@@ -19,6 +20,7 @@ from navit_jax import (
     evaluate,
     experiment,
     host_signals,
+    isolation,
     peak_flops,
     run_folder,
     sharding,
@@ -163,13 +165,17 @@ class Run:
         self, step: int, host: PackedBatch, info: BatchInfo, metrics: Any
     ) -> None:
         """Names the images of a step that changed nothing, and ends the run if many."""
+        culprits = self._culprits(host, info)
         names = [name for row in info.keys for name in row]
         path = self.workdir / f"nonfinite_step_{step}.txt"
-        path.write_text("\n".join(names) + "\n")
+        lines = [f"alone not finite: {name}" for name in culprits] + names
+        path.write_text("\n".join(lines) + "\n")
         logging.error(
-            "step %d is not finite (loss %s, gradient norm %s) and changed nothing; "
+            "step %d is not finite (loss %s, gradient %s) and changed nothing: %s; "
             "its %d images are named in %s",
-            step, metrics["loss"], metrics["gradient_norm"], len(names), path,
+            step, metrics["loss"], metrics["gradient_norm"],
+            f"by {', '.join(culprits)}" if culprits else "no image alone has that loss",
+            len(names), path,
         )  # fmt: skip
         if metrics["nonfinite"] > self.options.nonfinite_steps:
             raise NumericsError(
@@ -177,6 +183,16 @@ class Run:
                 f"config.train.nonfinite_steps={self.options.nonfinite_steps}; lower "
                 f"config.optim.lr, or look at the images in {path}"
             )
+
+    def _culprits(self, host: PackedBatch, info: BatchInfo) -> list[str]:
+        """The images of this host whose loss is not finite alone, by name."""
+        if jax.process_count() > 1:
+            return []  # Other hosts would have to run along.
+        params = jax.device_get(self.state.params)
+        losses = lambda batch: self.task.metrics(params, batch)["loss"].total  # noqa: E731
+        found = isolation.find_nonfinite(losses, host)
+        places = (np.argwhere((host.image_ids == image).all(-1))[0] for image in found)
+        return [info.keys[row][slot] for row, slot in places]
 
     def _evaluate(self, step: int) -> None:
         self.last_eval = {}

@@ -1,0 +1,105 @@
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from navit_jax import compile, experiment, sharding
+from navit_jax import config as config_lib
+from navit_jax.errors import ConfigError
+
+CONFIGS = [
+    ("configs/smoke.py",),
+    ("configs/masked_patches.py",),
+    ("configs/vit_baseline.py",),
+    ("configs/vit_baseline.py", "full"),
+    ("configs/navit_classification.py",),
+    ("configs/navit_classification.py", "variant=L/14,res=56:224"),
+]
+
+
+@pytest.mark.parametrize("call", CONFIGS, ids=" ".join)
+def test_every_config_describes_a_state_and_a_plan(call):
+    config = config_lib.resolve(tiny.load(*call))
+    experiment.check_sections(config)
+    # Sets that are not here are stood in for: laws, sizes and shapes are the config's.
+    for section in [config["data"], *config["evals"].values()]:
+        for name, source in section["sources"].items():
+            if source["name"] == "tfds":
+                section["sources"][name] = {"name": "clipart", "split": "train"}
+    config["data"] = {**config["data"], "num_labels": 3}
+    stream = experiment.build_stream(config)
+    report = stream.plan.report()
+    # Drawings of 25:1 exceed any table of a sensible length.
+    assert report["shrunk"] <= 0.005 * report["images"]
+    assert report["padding"] < 0.05
+    task = experiment.build_task(config, stream.num_classes or 8)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    program = compile.Program(config, task, stream.example(), mesh)
+    assert program.abstract.params
+    assert float(program.schedule(config["steps"])) < config["optim"]["lr"]
+    for name, section in config["evals"].items():
+        assert list(experiment.build_eval_streams(config, section, name))
+
+
+def test_the_plain_vit_sees_one_square_image_a_row():
+    config = config_lib.resolve(tiny.load("configs/vit_baseline.py"))
+    stream = experiment.build_stream(config)
+    batch, _ = next(stream.batches(np.arange(8)))
+    assert (batch.segment_ids == 1).all()
+    assert (batch.grids == 4).all()
+    assert (batch.image_mask.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("optimm", "did you mean 'optim'"),
+        ("data.tokenz", "did you mean 'tokens'"),
+        ("model.widht", "did you mean 'width'"),
+        ("model.positions.lenght", "did you mean 'length'"),
+        ("optim.schedule.warmupp", "did you mean 'warmup'"),
+        ("task.los_name", "did you mean 'loss_name'"),
+        ("train.report", "did you mean 'report_every'"),
+        ("mesh.fsd", "did you mean 'fsdp'"),
+    ],
+)
+def test_an_unknown_key_fails_and_names_the_nearest(path, message):
+    config = tiny.config(mesh={})
+    *sections, key = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    node[key] = 1
+    with pytest.raises(ConfigError, match=message):
+        _build(config)
+
+
+def _build(config):
+    experiment.check_sections(config)
+    experiment.train_options(config)
+    mesh = config_lib.call(sharding.make_mesh, config["mesh"], "mesh")
+    stream = experiment.build_stream(config)
+    task = experiment.build_task(config, stream.num_classes)
+    jax.eval_shape(task.init, jax.random.key(0), stream.example())
+    compile.Program(config, task, stream.example(), mesh)
+
+
+def test_a_name_or_a_missing_key_is_explained():
+    with pytest.raises(ConfigError, match="did you mean 'factorized'"):
+        _build(
+            tiny.config(model__positions={"name": "factorised", "length": 8}, mesh={})
+        )
+    config = tiny.config(mesh={})
+    del config["data"]["resolution"]
+    with pytest.raises(ConfigError, match=r"data.resolution is missing"):
+        _build(config)
+
+
+def test_a_config_survives_json_and_differences_are_listed_by_path():
+    config = tiny.config()
+    assert config_lib.differences(config, config) == []
+    other = tiny.config(optim__lr=0.1)
+    del other["train"]
+    found = config_lib.differences(config, other)
+    assert ("optim.lr", 0.001, 0.1) in found
+    assert ("train.report_every", 2, "unset") in found
