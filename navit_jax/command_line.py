@@ -73,9 +73,14 @@ def _quiet_libraries() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS["config"].value  # raises if the file can not be loaded
+        return rest
     except flags.Error as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"--config: {error}") from error
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         # ml_collections raises these for --config.key=value with a wrong key or value.
         raise ConfigError(_explain(argv, error)) from error

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from navit_jax import checkpoint, paths
 from navit_jax.config import nearest
@@ -113,13 +114,17 @@ def from_run(
     This is section `model.init` of a config.
 
     Args:
-      params: As of `load_params`.
+      params: As of `load_params`, on a mesh.
       workdir: The folder of the other run.
       step, subtree: As of `checkpoint.restore_params`.
       rules, resample, allow_unused: As of `load_params`.
     """
     folder = epath.Path(workdir).absolute() / "checkpoints"
-    restored = checkpoint.restore_params(folder, step, subtree)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    restored = checkpoint.restore_params(
+        folder, step, subtree, lambda tree: jax.tree.map(lambda _: everywhere, tree)
+    )
     filled, origins = load_params(params, restored.state, rules, resample, allow_unused)
     logging.info(
         "from step %d of %s:\n%s", restored.step, workdir, format_table(origins)

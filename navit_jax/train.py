@@ -109,7 +109,9 @@ class Run:
             self.stream.plan.check_fingerprint(meta["fingerprint"])
         else:
             self.first, self.state = 0, program.first_state()
-            overview = parameter_overview.get_parameter_overview(self.state.params)
+            overview = parameter_overview.get_parameter_overview(
+                program.abstract.params, include_stats=False
+            )
             logging.info("parameters:\n%s", overview)
         self.step_fn = program.step()
         self.position = meta.get("position")

@@ -1,6 +1,9 @@
+import collections
 import dataclasses
+import itertools
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 from PIL import Image
@@ -73,6 +76,18 @@ def test_worker_processes_give_the_same_batches(stream):
     for (a, info_a), (b, info_b) in pairs:
         assert_same(a, b)
         assert info_a == info_b
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(stream):
+    chosen = dataclasses.replace(stream, workers=1).batches(np.arange(8))
+    next(chosen)
+    children = psutil.Process().children()
+    workers = [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
+        collections.deque(itertools.islice(chosen, 100), maxlen=0)
 
 
 def test_evaluation_sees_each_image_once_and_pads_the_last_batch():

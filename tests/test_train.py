@@ -11,7 +11,17 @@ import tiny
 from etils import epath
 from PIL import Image
 
-from navit_jax import checkpoint, evaluate, reporting, run_folder, signals, train
+from navit_jax import (
+    checkpoint,
+    compile,
+    evaluate,
+    experiment,
+    reporting,
+    run_folder,
+    sharding,
+    signals,
+    train,
+)
 from navit_jax.errors import ConfigError, DataError, NumericsError
 
 EVALS = {
@@ -166,3 +176,45 @@ def test_the_command_resumes_after_a_signal_and_refuses_a_second_run(tmp_path):
     assert first.returncode == 42
     saved, _ = params(tmp_path)
     assert saved >= 3
+
+
+def test_fine_tuning_starts_from_another_run_with_a_new_head_and_longer_positions(
+    unbroken,
+):
+    fresh = _start(tiny.config())
+    _, trained = params(unbroken)
+    config = tiny.config(
+        data__sources={
+            "c": {"name": "clipart", "split": "train", "labels": "classes34"}
+        },
+        model__positions={"name": "factorized", "length": 40},
+        model__init={
+            "workdir": str(unbroken),
+            "rules": [["head/.*", ""], ["(.*)", r"\1"]],
+            "resample": [["encoder/position_embedding/.*", "copy"]],
+            "allow_unused": ["head/.*"],
+        },
+    )
+    started = _start(config)
+    blocks = started["encoder"]["blocks"]
+    chex.assert_trees_all_equal(blocks, trained["encoder"]["blocks"])
+    table = started["encoder"]["position_embedding"]["tables"]
+    old = trained["encoder"]["position_embedding"]["tables"]
+    assert table.shape[1] == 40
+    np.testing.assert_array_equal(table[:, :32], old)
+    assert started["head"]["dense"]["kernel"].shape[-1] == 34
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(blocks, fresh["encoder"]["blocks"])
+    del config["model"]["init"]["allow_unused"]
+    with pytest.raises(ConfigError, match="parameters of the source are not used"):
+        _start(config)
+
+
+def _start(config):
+    """The parameters of a run before its first step."""
+    mesh = sharding.make_mesh()
+    stream = experiment.build_stream(config)
+    with jax.set_mesh(mesh):
+        task = experiment.build_task(config, stream.num_classes)
+        program = compile.Program(config, task, stream.example(), mesh)
+        return jax.device_get(program.first_state().params)

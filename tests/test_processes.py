@@ -1,0 +1,82 @@
+"""Two processes of four devices each, on this machine, against one of eight."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from navit_jax import reporting, train
+
+PROGRAM = """
+import json, sys, jax
+address, index, config, workdir = sys.argv[1:]
+jax.distributed.initialize(address, num_processes=2, process_id=int(index))
+from absl import flags
+flags.FLAGS.mark_as_parsed()
+from navit_jax import train
+sys.exit(train.train(json.loads(config), workdir))
+"""
+
+
+def run_two(config, workdir):
+    """Trains on two processes; returns what each said and its exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                PROGRAM,
+                address,
+                str(i),
+                json.dumps(config),
+                workdir,
+            ],
+            env={**os.environ, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    return said, [process.returncode for process in processes]
+
+
+def told(workdir, name):
+    records = reporting.read_metrics(epath.Path(workdir))
+    return [r[name] for r in records if name in r]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_processes_train_as_one_and_one_goes_on_with_the_same_batches(
+    shards, tmp_path
+):
+    changes = {"train__report_every": 1, "data__plan_shards": shards}
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert train.train(tiny.config(**changes, steps=6), one) == 0
+    # The same learning rates: the schedule knows the length of the run.
+    schedule = {"name": "constant"}
+    short = tiny.config(**changes, steps=3, optim__schedule=schedule)
+    whole = tiny.config(**changes, steps=6, optim__schedule=schedule)
+    said, codes = run_two(short, two)
+    assert codes == [0, 0], "\n".join(said)
+    assert len(told(two, "train/loss")) == 3
+    assert train.train(whole, two) == 0
+    assert told(two, "position") == told(one, "position")
+    assert told(two, "data/images_seen") == told(one, "data/images_seen")
+    reference = str(tmp_path / "reference")
+    assert train.train(whole, reference) == 0
+    np.testing.assert_allclose(
+        told(two, "train/loss"), told(reference, "train/loss"), rtol=1e-4
+    )
