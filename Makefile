@@ -1,36 +1,41 @@
 # make demo      train on the embedded pictures, evaluate, write runs/demo/report.html
 # make test      format, lint, types and all tests but the slow ones
 # make test-all  the slow ones too
-# make test-fast the subset that a second Python runs (VENV=.venv312 PYTHON=python3.12)
+# make pytest    the tests alone, as for a second Python (VENV=.venv312 PYTHON=python3.12)
 # make lock      requirements.txt anew from setup.py (needs uv)
 
 VENV ?= .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-.PHONY: demo test test-all test-fast check setup lock clean
+.PHONY: demo test test-all pytest check setup lock clean
 
 setup:
 	@PYTHON="$(PYTHON)" bash launch/setup.sh $(VENV)
 
 demo: setup
 	$(BIN)/python -m navit_jax.train --config=configs/smoke.py --workdir=runs/demo
-	$(BIN)/python -m navit_jax.evaluate --workdir=runs/demo --sides=32,48,64,96,128
+	$(BIN)/python -m navit_jax.plan --config=configs/smoke.py --packing --images \
+	  --picture=runs/demo/rows.png
+	$(BIN)/python -m navit_jax.evaluate --workdir=runs/demo --split=test \
+	  --sides=32,48,64,96,128 --baselines
 	$(BIN)/python -m navit_jax.report runs/demo
+	@echo
+	@echo "Open runs/demo/report.html in a browser. Next: docs/running.md (train on your"
+	@echo "own pictures: --config.data.sources..., docs/data.md), docs/design.md (how and why)."
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
-test: check
+pytest: setup
 	$(PYTEST) -n 2 -m "not slow"
+
+test: check pytest
 
 test-all: check
 	$(PYTEST) -n 2
-
-test-fast: setup
-	$(PYTEST) -n 2 -m fast
 
 lock:
 	uv pip compile --quiet --universal --generate-hashes --no-header \

@@ -25,6 +25,7 @@ from navit_jax import (
     sharding,
 )
 from navit_jax import config as config_lib
+from navit_jax.baselines import pixel_free
 from navit_jax.errors import ConfigError
 from navit_jax.metrics import Mean, interval_by_group
 from navit_jax.tasks import Task
@@ -97,6 +98,7 @@ def evaluate(
     sides: Sequence[float | int] = (),
     split: str = "",
     step: int | str | None = None,
+    baselines: bool = False,
 ) -> dict[str, float]:
     """Judges a checkpoint of a run; writes `evaluation.json` in its folder.
 
@@ -104,9 +106,10 @@ def evaluate(
       sides: In pixels; those of the config if empty.
       split: Of the eval sets' sources, e.g. "test"; that of the config if empty.
       step: Of the checkpoint; None is the newest, see `checkpoint.restore_params`.
+      baselines: Whether to add what classifiers get that see no pixel.
 
     Returns:
-      `eval/<set>_<side>/<metric>` by name.
+      `eval/<set>_<side>/<metric>` by name, and `baseline/<name>/accuracy`.
     """
     workdir = epath.Path(workdir).absolute()
     config = run_folder.read_config(workdir)
@@ -129,10 +132,29 @@ def evaluate(
         restored = checkpoint.restore_params(
             workdir / "checkpoints", step, subtree, shardings=_replicated(mesh)
         )
-        values = Evaluator(config, task, mesh).run(restored.state)
+        evaluator = Evaluator(config, task, mesh)
+        values = evaluator.run(restored.state)
+    if baselines:
+        judged = next(iter(evaluator.streams.values()))
+        for name, value in pixel_free(stream, judged).items():
+            values[f"baseline/{name}/accuracy"] = value
     record = {"step": restored.step, "values": values, "command": sys.argv}
     (workdir / "evaluation.json").write_text(json.dumps(record, indent=2))
     return values
+
+
+def format_table(values: Mapping[str, float]) -> str:
+    """A line for each set, side and metric, with its interval where it has one."""
+    lines = []
+    for name, value in values.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        line = f"{name:40s} {value:8.4f}"
+        if f"{name}_low" in values:
+            low, high = values[f"{name}_low"], values[f"{name}_high"]
+            line += f"  95 % interval by near-duplicate group {low:.3f} .. {high:.3f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _replicated(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
@@ -145,19 +167,19 @@ def define_main() -> Callable[[], int]:
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
     sides = flags.DEFINE_list("sides", [], "Sides in pixels, as 32,64,128")
     split = flags.DEFINE_string("split", "", "Split of the eval sets, e.g. test")
-    step = flags.DEFINE_string("step", None, "A step, or best:<metric>")
+    step = flags.DEFINE_string("step", None, "A step, or `best`")
+    baselines = flags.DEFINE_bool("baselines", False, "Add pixel-free classifiers")
 
     def main() -> int:
         chosen = step.value
         values = evaluate(
             workdir.value,
-            [float(side) for side in sides.value],
+            [int(side) for side in sides.value],
             split.value,
             int(chosen) if chosen and chosen.isdecimal() else chosen,
+            baselines.value,
         )
-        width = max(map(len, values))
-        for name, value in values.items():
-            print(f"{name:{width}s}  {value:.4f}")
+        print(format_table(values))
         return 0
 
     return main

@@ -21,7 +21,7 @@ LAYERS = (
     },
     {"tasks"},
     {"train_state", "experiment", "compile"},
-    {"evaluate"},
+    {"baselines", "evaluate"},
     {"train", "predict", "plan", "doctor"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -40,7 +40,6 @@ def imported(path: pathlib.Path) -> set[str]:
     return names
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     mine = path.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -51,7 +50,6 @@ def test_imports_go_one_way(path):
                 assert LAYER[other] <= LAYER[mine], f"{mine} imports {other}"
 
 
-@pytest.mark.fast
 def test_data_workers_touch_no_device_and_nobody_needs_tensorflow():
     for path in MODULES:
         names = imported(path)
@@ -60,20 +58,17 @@ def test_data_workers_touch_no_device_and_nobody_needs_tensorflow():
             assert not any(n.split(".")[0] in ("jax", "flax") for n in names), path
 
 
-@pytest.mark.fast
 def test_configs_import_nothing_of_the_package():
     for path in (ROOT / "configs").rglob("*.py"):
         assert not any(n.startswith("navit_jax") for n in imported(path)), path
 
 
-@pytest.mark.fast
 def test_files_are_short_and_none_is_a_drawer():
     for path in [*MODULES, *(ROOT / "configs").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 300, path
         assert path.stem not in ("utils", "util", "common", "helpers", "misc"), path
 
 
-@pytest.mark.fast
 def test_the_package_imports_within_two_seconds_and_without_a_device():
     code = "import time; t = time.time(); import navit_jax, sys; print(time.time() - t)"
     code += "; assert 'jaxlib' not in sys.modules"

@@ -11,14 +11,12 @@ TARGETS = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1.0]])
 LOGITS = jnp.float32(np.random.default_rng(0).normal(size=(4, 4)) * 3)
 
 
-@pytest.mark.fast
 def test_sigmoid_loss_sums_each_class_as_its_own_question():
     p = 1 / (1 + np.exp(-np.float64(LOGITS)))
     expected = -(TARGETS * np.log(p) + (1 - TARGETS) * np.log(1 - p)).sum(-1)
     np.testing.assert_allclose(losses.sigmoid_loss(LOGITS, LABELS), expected, rtol=1e-5)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_softmax_loss_shares_the_probability_among_labels(smoothing):
     logits = np.float64(LOGITS)
@@ -29,13 +27,11 @@ def test_softmax_loss_shares_the_probability_among_labels(smoothing):
     np.testing.assert_allclose(got, -(targets * log_p).sum(-1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.fast
 def test_the_best_class_hits_if_it_is_any_of_the_labels():
     scores = jnp.array([[0, 0, 9, 0], [0, 0, 9, 0], [9, 0, 0, 0], [0, 0, 0, 9.0]])
     np.testing.assert_array_equal(hits(scores, LABELS), [1, 0, 0, 1])
 
 
-@pytest.mark.fast
 def test_a_mean_over_parts_is_the_mean_of_the_whole_and_never_reads_what_is_masked():
     values = jnp.array([1.0, jnp.nan, 4.0, 7.0])
     mask = jnp.array([True, False, True, True])
@@ -46,7 +42,6 @@ def test_a_mean_over_parts_is_the_mean_of_the_whole_and_never_reads_what_is_mask
     np.testing.assert_array_equal(gradient, [1, 0, 1, 1])
 
 
-@pytest.mark.fast
 def test_the_interval_counts_groups_and_not_their_copies():
     rng = np.random.default_rng(1)
     right = (rng.random(300) < 0.4).astype(np.float64)

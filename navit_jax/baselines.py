@@ -1,0 +1,61 @@
+"""What a classifier that sees no pixel gets: always the commonest class, or the aspect.
+
+An image counts as right if the guess is any of its labels, as for the model. M images,
+C classes.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64
+
+from navit_jax.data import Stream
+
+# Bins of equal counts over the aspects of the training set.
+BINS = 24
+
+
+def majority(train: Bool[np.ndarray, "M C"], test: Bool[np.ndarray, "T C"]) -> float:
+    """Accuracy of always guessing the commonest class of the training set."""
+    return float(test[:, train.sum(0).argmax()].mean())
+
+
+def aspect_only(
+    train: Bool[np.ndarray, "M C"],
+    train_aspects: Float[np.ndarray, " M"],
+    test: Bool[np.ndarray, "T C"],
+    test_aspects: Float[np.ndarray, " T"],
+) -> float:
+    """Accuracy of guessing the commonest class among training images of like aspect.
+
+    Aspects are sorted into bins of equal counts in the training set.
+    """
+    edges = np.quantile(train_aspects, np.linspace(0, 1, BINS + 1)[1:-1])
+    counts = np.zeros((BINS, train.shape[1]))
+    np.add.at(counts, np.searchsorted(edges, train_aspects), train)
+    guesses = counts.argmax(1)[np.searchsorted(edges, test_aspects)]
+    return float(test[np.arange(len(test)), guesses].mean())
+
+
+def pixel_free(train: Stream, test: Stream) -> dict[str, float]:
+    """Both accuracies on the images of a set that have a label.
+
+    Reads the labels of all records of both, so it is for sets of moderate size.
+    """
+    labels, aspects = _read(train)
+    others, other_aspects = _read(test)
+    return {
+        "majority": majority(labels, others),
+        "aspect_only": aspect_only(labels, aspects, others, other_aspects),
+    }
+
+
+def _read(
+    stream: Stream,
+) -> tuple[Bool[np.ndarray, "M C"], Float64[np.ndarray, " M"]]:
+    """Labels, and the logarithm of height over width, of a stream's first source."""
+    source, sizes = stream.loader.sources[0], np.asarray(stream.plan.tables[0], float)
+    labels = np.zeros((len(source), source.num_classes), bool)
+    for i in range(len(source)):
+        labels[i, list(source[i].labels)] = True
+    usable = labels.any(1) & (sizes.min(1) > 0)
+    sizes = sizes[usable]
+    return labels[usable], np.log(sizes[:, 0] / sizes[:, 1])
