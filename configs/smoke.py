@@ -10,7 +10,7 @@ import ml_collections
 def get_config():
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.steps = 1500
+    config.steps = 1200
 
     config.data = {
         "sources": {"clipart": {"name": "clipart", "split": "train"}},
@@ -42,12 +42,12 @@ def get_config():
         "weight_decay": 0.05,
         "clip": 1.0,
     }
-    config.train = {"report_every": 50, "evaluate_every": 500}
+    config.train = {"report_every": 50, "evaluate_every": 400}
     config.checkpoint = {"keep": 2}
     config.evals = {
         "validation": {
             "sources": {"clipart": {"name": "clipart", "split": "validation"}},
-            "sides": (64, 96),
+            "sides": (64, 80, 96),
         }
     }
     config.lock()

@@ -113,7 +113,8 @@ def find_nonfinite(apply: Apply, batch: PackedBatch) -> np.ndarray:
     and no other row. Each image of a spoiled row is run again alone.
 
     Args:
-      apply: Gives values by image or token: outputs, or losses [B N].
+      apply: Gives values by image or token: outputs, or losses [B N]; jitted by the
+        caller, if it should be fast.
       batch: On the host, of the shapes that `apply` is compiled for.
 
     Returns:
@@ -121,12 +122,11 @@ def find_nonfinite(apply: Apply, batch: PackedBatch) -> np.ndarray:
       the batch is finite, or only the packing made it otherwise.
     """
     batch = jax.tree.map(np.asarray, batch)
-    run = jax.jit(apply)
-    spoiled = {row for row, _ in _nonfinite(np.asarray(run(batch)), batch)}
+    spoiled = {row for row, _ in _nonfinite(np.asarray(apply(batch)), batch)}
     images = [image for image in _images(batch) if image[0] in spoiled]
     found = []
     for single, members in alone(batch, images):
-        for row, _ in _nonfinite(np.asarray(run(single)), single):
+        for row, _ in _nonfinite(np.asarray(apply(single)), single):
             found.append(batch.image_ids[members[row]])
     return np.array(found, np.uint32).reshape(-1, 2)
 

@@ -77,6 +77,8 @@ def draw_batch(
       batch: On the host.
       patch: Side of a patch in pixels.
     """
+    from matplotlib.patches import Rectangle
+
     num_rows = min(num_rows, len(batch.segment_ids))
     figure = _figure(9, 1.75 * num_rows)
     parts = figure.subfigures(num_rows, 1, squeeze=False)[:, 0]
@@ -99,8 +101,14 @@ def draw_batch(
             panel.set_ylim(tallest * patch, 0)
             colour = COLOURS[slot % len(COLOURS)]
             panel.set_title(f"{grid[0]}x{grid[1]}", fontsize=7, color=colour, pad=2)
+            for side in panel.spines.values():
+                side.set_visible(False)
+            frame = {"fill": False, "edgecolor": colour, "linewidth": 1.2}
+            height, width = image.shape[:2]
+            panel.add_patch(Rectangle((-0.5, -0.5), width, height, **frame))
         for panel in panels:
-            panel.axis("off")
+            panel.set_xticks([])
+            panel.set_yticks([])
         _token_bar(bottom.subplots(), segments)
     return figure
 

@@ -190,9 +190,10 @@ class Run:
         """The images of this host whose loss is not finite alone, by name."""
         if jax.process_count() > 1:
             return []  # Other hosts would have to run along.
-        params = jax.device_get(self.state.params)
-        losses = lambda batch: self.task.metrics(params, batch)["loss"].total  # noqa: E731
-        found = isolation.find_nonfinite(losses, host)
+        judge = jax.jit(lambda *args: self.task.metrics(*args)["loss"].total)
+        found = isolation.find_nonfinite(
+            lambda batch: judge(self.state.params, batch), host
+        )
         places = (np.argwhere((host.image_ids == image).all(-1))[0] for image in found)
         return [info.keys[row][slot] for row, slot in places]
 
