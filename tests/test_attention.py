@@ -314,6 +314,8 @@ def test_inside_a_shard_map_it_does_not_split_again():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("attend, platform", [(splash, "tpu"), (mha, "cuda")])
 def test_kernels_lower_for_their_platform_on_a_machine_without(attend, platform, dtype):
+    if platform == "cuda" and jax.__version_info__ >= (0, 11):
+        pytest.skip("from jax 0.11 on, Triton kernels are lowered only beside a GPU")
     x = jax.ShapeDtypeStruct((1, 300, 3, 64), dtype)
     ids = jax.ShapeDtypeStruct((1, 300), jnp.int32)
     traced = with_gradients(attend).trace(x, x, x, x, ids)
