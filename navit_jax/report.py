@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,9 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list, list
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    evals = sorted({k for r in records for k in r if k.startswith("eval/")})
+    evals = sorted(
+        {k for r in records for k in r if re.fullmatch(r"eval/.*/(loss|accuracy)", k)}
+    )
     panels = [
         ("loss", ["train/loss", *(k for k in evals if k.endswith("/loss"))]),
         (
@@ -141,6 +144,8 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+        if title in ("padding", "images/s"):
+            axes.set_ylim(bottom=0)
         if len(names) > 1:
             axes.legend(fontsize=7, frameon=False)
     return _svg(figure)
@@ -152,26 +157,37 @@ def _resolutions(workdir: epath.Path, records: Sequence[Mapping[str, Any]]) -> s
     found = json.loads(path.read_text())["values"] if path.exists() else {}
     for record in [] if found else records:
         found |= {k: v for k, v in record.items() if k.startswith("eval/")}
-    sets: dict[str, list[tuple[float, float]]] = {}
+    sets: dict[str, list[tuple[float, ...]]] = {}
     for name, value in found.items():
-        if not name.endswith("/accuracy") or value is None:
-            continue
-        label, _, side = name.split("/")[1].rpartition("_")
-        sets.setdefault(label, []).append((float(side), value))
+        match = re.fullmatch(r"eval/(.+)_([\d.]+)/accuracy", name)
+        if match and value is not None:
+            low, high = (
+                found.get(f"{name}_low", value),
+                found.get(f"{name}_high", value),
+            )
+            point = (float(match[2]), value, low, high)
+            sets.setdefault(match[1], []).append(point)
     if not sets:
         return ""
     figure = _figure(6, 3.2)
     axes = figure.subplots()
     for label, points in sets.items():
-        sides, values = zip(*sorted(points), strict=True)
+        sides, values, lows, highs = zip(*sorted(points), strict=True)
         axes.plot(sides, values, marker="o", label=label)
+        axes.fill_between(sides, lows, highs, alpha=0.15)
+    for name in (n for n in found if n.startswith("baseline/")):
+        axes.axhline(found[name], ls="--", lw=1, color="#888888")
+        left = axes.get_xlim()[0]
+        axes.text(left, found[name], name.split("/")[1], fontsize=7, va="bottom")
     axes.set_xlabel("side of the square with the image's area, pixels", fontsize=9)
-    axes.set_ylabel("accuracy", fontsize=9)
+    axes.set_ylabel("accuracy (band: 95 %, by group)", fontsize=9)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    values = sorted(found.items())
-    return _svg(figure) + _table((k, _number(v)) for k, v in values)
+    pairs = [
+        (k, _number(v)) for k, v in found.items() if not k.endswith(("_low", "_high"))
+    ]
+    return _svg(figure) + _table(pairs)
 
 
 def _figure(width: float | int, height: float | int) -> Any:

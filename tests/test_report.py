@@ -23,8 +23,11 @@ def folder(tmp_path):
     for step in (1, 2, 3):
         values = {"train/loss": 3.0 / step, "pack/padding": 0.02, "data/skipped": 0}
         writer.write(step, values)
-    writer.write(3, {"eval/test_64/accuracy": 0.25, "eval/test_32/accuracy": 0.5})
+    values = {"eval/test_64/accuracy": 0.25, "eval/test_32/accuracy": 0.5}
+    writer.write(3, {**values, "eval/test_64/accuracy_low": 0.2})
     writer.close()
+    judged = {"values": {**values, "baseline/majority/accuracy": 0.125}}
+    (workdir / "evaluation.json").write_text(json.dumps(judged))
     stream = experiment.build_stream(tiny.config())
     plan.draw_images(stream, workdir / "rows.png")
     return workdir
@@ -50,7 +53,8 @@ def test_a_report_is_one_page_with_curves_pictures_and_escaped_text(folder):
     assert page.found.count("img") == 1
     assert "script" not in page.found
     assert HOSTILE in "".join(page.text)
-    assert "0.25" in "".join(page.text)
+    assert "0.25" in page.text
+    assert "0.125" in page.text
     # Self-contained: nothing is fetched.
     assert 'src="http' not in text
     assert "href=" not in text.replace('href="#', "")
