@@ -125,9 +125,10 @@ def evaluate(
         raise ConfigError("config.evals is empty: there is no set to judge on")
     config = {**config, "evals": sections}
     mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
+    first = next(iter(sections.values()))
+    sources, _ = data.open_sources(first["sources"])
     with jax.set_mesh(mesh):
-        stream = experiment.build_stream(config)
-        task = experiment.build_task(config, stream.num_classes)
+        task = experiment.build_task(config, sources[0].num_classes)
         subtree = "ema" if experiment.train_options(config).ema else "params"
         restored = checkpoint.restore_params(
             workdir / "checkpoints", step, subtree, shardings=_replicated(mesh)
@@ -136,7 +137,8 @@ def evaluate(
         values = evaluator.run(restored.state)
     if baselines:
         judged = next(iter(evaluator.streams.values()))
-        for name, value in pixel_free(stream, judged).items():
+        training = experiment.build_stream(config)
+        for name, value in pixel_free(training, judged).items():
             values[f"baseline/{name}/accuracy"] = value
     record = {"step": restored.step, "values": values, "command": sys.argv}
     (workdir / "evaluation.json").write_text(json.dumps(record, indent=2))

@@ -46,7 +46,7 @@ def losses(workdir):
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
     config = tiny.config(evals=EVALS, train__report_every=1)
-    assert train.train(config, workdir) == 0
+    assert train.train(config, workdir, profile=(3, 4)) == 0
     return workdir
 
 
@@ -66,6 +66,7 @@ def test_a_run_leaves_config_metrics_checkpoint_and_evaluation(unbroken):
     assert last["eval/validation_48/images"] == last["eval/validation_32/images"] > 100
     assert last["throughput/mfu"] < last["throughput/mfu_padded"]
     assert (unbroken / "tensorboard").is_dir()
+    assert list((unbroken / "profile").rglob("*.xplane.pb"))
     assert params(unbroken)[0] == 6
 
 
