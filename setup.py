@@ -38,9 +38,9 @@ REQUIRE = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
-    # Faster JPEG decoding and resizing in the input pipeline.
+    # Faster codecs; nothing uses them yet.
     "fast": ["simplejpeg>=1.8", "opencv-python-headless>=4.10"],
-    # Reading and writing other people's checkpoints.
+    # Other people's checkpoints; nothing uses them yet.
     "weights": ["safetensors>=0.5", "onnx>=1.17"],
     "test": [
         "pytest>=8.3",

@@ -1,8 +1,8 @@
 """NaViT classification as in the paper (arXiv 2307.06304, section 3.1, Table 2).
 
 Sampled side U(64, 256), half of the patches dropped, rows of 256 tokens at patch 16.
-The paper trains on JFT-4B, which is not public; this trains on ImageNet-21k prepared by
-TFDS (docs/data.md), or on any set named on the command line.
+The paper trains on JFT-4B, which is not public; this trains on ImageNet prepared by
+TFDS (docs/data.md), or on another set named in a copy of this file.
 
 Command: python -m navit_jax.train --workdir=RUN \\
     --config=configs/navit_classification.py:variant=B/16,res=64:256
@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
 
     config.data = {
         "sources": {
-            "imagenet21k": {"name": "tfds", "dataset": "imagenet21k", "split": "full"}
+            "imagenet": {"name": "tfds", "dataset": "imagenet2012", "split": "train"}
         },
         "rows": 4096,
         "tokens": (high // patch) ** 2,

@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     config.seed = 0
     config.steps = 100_000 if full else 1000
 
-    source = {"name": "tfds", "dataset": "imagenet21k", "split": "full"}
+    source = {"name": "tfds", "dataset": "imagenet2012", "split": "train"}
     embedded = {"name": "clipart", "split": "train"}
     config.data = {
         "sources": {"images": source if full else embedded},

@@ -12,12 +12,15 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev
 
 stamp=$(cat requirements.txt setup.py launch/setup.sh | git hash-object --stdin 2>/dev/null) \
   || stop "git is missing: install it with your system's package manager"
-if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+if [ -n "${PYTHON:-}" ]; then
+  new_enough "$PYTHON" || stop "PYTHON=$PYTHON does not run or is older than 3.11"
+  stamp="$stamp $("$PYTHON" -c 'import sys; print(sys.version.split()[0])')"
+  case "$(cat "$venv/.installed" 2>/dev/null)" in "$stamp"*) exit 0 ;; esac
+fi
+case "$(cat "$venv/.installed" 2>/dev/null)" in "$stamp"*) exit 0 ;; esac
 
 python=${PYTHON:-}
-if [ -n "$python" ]; then
-  new_enough "$python" || stop "PYTHON=$python does not run or is older than 3.11"
-else
+if [ -z "$python" ]; then
   for candidate in python3.12 python3.11 python3.13 python3; do
     if new_enough "$candidate"; then python=$candidate; break; fi
   done
@@ -38,4 +41,6 @@ else
   "$venv/bin/pip" install --quiet --require-hashes -r requirements.txt || stop "$offline"
   "$venv/bin/pip" install --quiet --no-deps -e . || stop "$offline"
 fi
-printf '%s' "$stamp" > "$venv/.installed"
+files=${stamp%% *}
+printf '%s %s' "$files" "$("$python" -c 'import sys; print(sys.version.split()[0])')" \
+  > "$venv/.installed"

@@ -36,17 +36,37 @@ Params = Mapping[str, Any]
 class Evaluator:
     """The eval sets of a config, each with its plan; one compilation for all."""
 
-    def __init__(self, config: Mapping[str, Any], task: Task, mesh: jax.sharding.Mesh):
-        """Opens the sources of `config.evals` and plans every (set, side)."""
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        task: Task,
+        mesh: jax.sharding.Mesh,
+        class_names: Sequence[str],
+    ):
+        """Opens the sources of `config.evals` and plans every (set, side).
+
+        Args:
+          class_names: Of training; the sets must have the same ones.
+
+        Raises:
+          ConfigError: a set has other classes, or as `data.open_stream`.
+        """
         self.mesh = mesh
         self.streams = {
             f"{name}_{side}": stream
             for name, section in config.get("evals", {}).items()
             for side, stream in experiment.build_eval_streams(config, section, name)
         }
+        for stream in self.streams.values():
+            for source in stream.loader.sources:
+                data.check_classes(source, class_names)
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._judge = jax.jit(
-            lambda params, batch: (task.metrics(params, batch), batch.image_ids),
+            lambda params, batch: (
+                task.metrics(params, batch),
+                batch.image_ids,
+                batch.image_mask,
+            ),
             out_shardings=everywhere,
         )
 
@@ -65,16 +85,18 @@ class Evaluator:
     def _run_one(self, params: Params, stream: data.Stream) -> dict[str, float]:
         terms: list[dict[str, Mean]] = []
         ids: list[np.ndarray] = []
+        num_images = 0
         rows = sharding.local_rows(self.mesh, stream.plan.rows)
         for host, info in stream.batches(rows):
             judged = self._judge(params, sharding.place(host, self.mesh))
-            batch_terms, image_ids = jax.device_get(judged)
+            batch_terms, image_ids, image_mask = jax.device_get(judged)
             terms.append(batch_terms)
+            num_images += int(image_mask.sum())
             ids.append(image_ids[..., 1].astype(np.int64))
             for name, reason in info.skipped:
                 logging.warning("%s can not be used: %s", name, reason)
         groups = getattr(stream.loader.sources[0], "groups", None)
-        values: dict[str, float] = {}
+        values = {"images": float(num_images)}
         for metric in terms[0] if terms else ():
             total, weight = (
                 np.concatenate(
@@ -83,7 +105,6 @@ class Evaluator:
                 for part in ("total", "weight")
             )
             values[metric] = Mean(total=total.sum(), weight=weight.sum()).result()
-            values["images"] = float(weight.sum())
             index = np.concatenate([batch.ravel() for batch in ids])
             if groups is not None and index.shape == weight.shape:
                 here = weight > 0
@@ -120,20 +141,21 @@ def evaluate(
             for key, source in section["sources"].items()
         }
         replaced = {"sources": sources, **({"sides": list(sides)} if sides else {})}
-        sections[split or name] = {**section, **replaced}
+        several = len(config["evals"]) > 1
+        label = f"{name}_{split}" if split and several else split or name
+        sections[label] = {**section, **replaced}
     if not sections:
         raise ConfigError("config.evals is empty: there is no set to judge on")
     config = {**config, "evals": sections}
     mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
-    first = next(iter(sections.values()))
-    sources, _ = data.open_sources(first["sources"])
+    class_names = run_folder.read_class_names(workdir)
     with jax.set_mesh(mesh):
-        task = experiment.build_task(config, sources[0].num_classes)
+        task = experiment.build_task(config, len(class_names))
         subtree = "ema" if experiment.train_options(config).ema else "params"
         restored = checkpoint.restore_params(
             workdir / "checkpoints", step, subtree, shardings=_replicated(mesh)
         )
-        evaluator = Evaluator(config, task, mesh)
+        evaluator = Evaluator(config, task, mesh, class_names)
         values = evaluator.run(restored.state)
     if baselines:
         judged = next(iter(evaluator.streams.values()))

@@ -15,7 +15,8 @@ from navit_jax.data.patches import unpatchify
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b")
 
 
-def _figure(width: float | int, height: float | int) -> Any:
+def figure(width: float | int, height: float | int) -> Any:
+    """An empty matplotlib figure, in inches; no window and no global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -28,8 +29,8 @@ def draw_plan(rows: Sequence[Sequence[int]], num_tokens: int) -> Any:
       rows: The kept tokens of each image, by row.
       num_tokens: L.
     """
-    figure = _figure(9, 0.8 + 0.28 * len(rows))
-    axes = figure.subplots()
+    drawing = figure(9, 0.8 + 0.28 * len(rows))
+    axes = drawing.subplots()
     for r, lengths in enumerate(rows):
         start = 0
         for i, length in enumerate(lengths):
@@ -63,7 +64,7 @@ def draw_plan(rows: Sequence[Sequence[int]], num_tokens: int) -> Any:
     axes.set_ylabel("row", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return drawing
 
 
 def draw_batch(
@@ -80,8 +81,8 @@ def draw_batch(
     from matplotlib.patches import Rectangle
 
     num_rows = min(num_rows, len(batch.segment_ids))
-    figure = _figure(9, 1.75 * num_rows)
-    parts = figure.subfigures(num_rows, 1, squeeze=False)[:, 0]
+    drawing = figure(9, 1.75 * num_rows)
+    parts = drawing.subfigures(num_rows, 1, squeeze=False)[:, 0]
     for r, part in enumerate(parts):
         segments = batch.segment_ids[r]
         slots = np.flatnonzero(batch.image_mask[r])[:max_images]
@@ -110,7 +111,7 @@ def draw_batch(
             panel.set_xticks([])
             panel.set_yticks([])
         _token_bar(bottom.subplots(), segments)
-    return figure
+    return drawing
 
 
 def _token_bar(axes: Any, segments: np.ndarray) -> None:

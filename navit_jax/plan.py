@@ -27,7 +27,7 @@ def packing_report(config: Mapping[str, Any], windows: int = 1) -> str:
     first = plan.report(windows)
     images = round(first["images_per_row"] * plan.rows * config["steps"])
     report = plan.report(windows, images=images)
-    shares = zip(stream.loader.sources, report["source_shares"], strict=True)
+    shares = zip(stream.loader.names, report["source_shares"], strict=True)
     epoch = sum(len(table) for table in plan.tables)
     rates = [f"{rate:.2f}" for rate in report["drop_rate"]]
     lines = [
@@ -41,7 +41,7 @@ def packing_report(config: Mapping[str, Any], windows: int = 1) -> str:
         ("attention work", f"{report['attention_work']:.3f} of dense rows"),
         ("images that had to shrink", f"{report['shrunk']:,}"),
         ("token dropping, first to last", " to ".join(rates)),
-        ("sources", ", ".join(f"{s.name} {share:.1%}" for s, share in shares)),
+        ("sources", ", ".join(f"{name} {share:.1%}" for name, share in shares)),
         ("images of the run", f"{images:,} in {config['steps']:,} steps, "
          f"{images / epoch:.1f} times the {epoch:,} there are"),
     ]  # fmt: skip

@@ -50,6 +50,7 @@ class Progress:
         self.seconds_aside = 0.0
         self.skipped: collections.Counter[str] = collections.Counter()
         self.notes: collections.Counter[str] = collections.Counter()
+        self.sources: collections.Counter[str] = collections.Counter()
         self.shrunk = 0
         self._read: list[dict[str, Any]] = []
 
@@ -64,6 +65,8 @@ class Progress:
         self._read.append(dict(metrics))
         self.skipped.update(reason for _, reason in info.skipped)
         self.notes.update(info.notes)
+        names = (name.split(":", 1)[0] for row in info.keys for name in row)
+        self.sources.update(names)
         self.shrunk += info.shrunk
         self.tokens_seen += int(metrics["counts"]["tokens"])
         begun = self.clock.begun is not None
@@ -78,7 +81,7 @@ class Progress:
             name: sum(float(m["counts"][name]) for m in read)
             for name in read[0]["counts"]
         }
-        rows = len(read) * self.rows
+        rows, planned = len(read) * self.rows, sum(self.sources.values())
         values = {
             **self._means(read),
             "train/gradient_norm": float(read[-1]["gradient_norm"]),
@@ -92,6 +95,7 @@ class Progress:
             "data/shrunk": self.shrunk,
             **{f"data/skipped/{reason}": n for reason, n in self.skipped.items()},
             **{f"data/notes/{note}": n for note, n in self.notes.items()},
+            **{f"data/share/{k}": n / planned for k, n in self.sources.items()},
             **self._throughput(seconds, counts, len(read)),
         }
         logging.info("%s", reporting.progress_line(step, self.steps, left, values))

@@ -16,7 +16,7 @@ from absl import app, logging
 from etils import epath
 
 from navit_jax import config as config_lib
-from navit_jax import reporting, run_folder
+from navit_jax import pictures, reporting, run_folder
 from navit_jax.errors import ConfigError
 
 STYLE = """
@@ -131,7 +131,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
     panels = [(title, names) for title, names in panels if names]
     if not panels:
         return ""
-    figure = _figure(9, 2.8 * -(-len(panels) // 2))
+    figure = pictures.figure(9, 2.8 * -(-len(panels) // 2))
     grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.axis("off")
@@ -169,7 +169,7 @@ def _resolutions(workdir: epath.Path, records: Sequence[Mapping[str, Any]]) -> s
             sets.setdefault(match[1], []).append(point)
     if not sets:
         return ""
-    figure = _figure(6, 3.2)
+    figure = pictures.figure(6, 3.2)
     axes = figure.subplots()
     for label, points in sets.items():
         sides, values, lows, highs = zip(*sorted(points), strict=True)
@@ -188,12 +188,6 @@ def _resolutions(workdir: epath.Path, records: Sequence[Mapping[str, Any]]) -> s
         (k, _number(v)) for k, v in found.items() if not k.endswith(("_low", "_high"))
     ]
     return _svg(figure) + _table(pairs)
-
-
-def _figure(width: float | int, height: float | int) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Any) -> str:

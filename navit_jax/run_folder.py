@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -72,6 +72,17 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"--workdir={workdir} holds no run: {path} is missing")
     return json.loads(path.read_text())
+
+
+def store_class_names(workdir: epath.Path, class_names: Sequence[str]) -> None:
+    """Keeps the classes by number, for whoever uses the model without its data."""
+    if jax.process_index() == 0:
+        (workdir / "classes.json").write_text(json.dumps(list(class_names)))
+
+
+def read_class_names(workdir: epath.Path) -> list[str]:
+    """The classes a run was trained on, by number; none if it had no labels."""
+    return json.loads((workdir / "classes.json").read_text())
 
 
 def environment() -> dict[str, Any]:

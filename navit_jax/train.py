@@ -89,7 +89,6 @@ class Run:
         self.stream = experiment.build_stream(config)
         sharding.rows_per_step(self.stream.plan.rows, mesh, self.options.accumulate)
         self.task = experiment.build_task(config, self.stream.num_classes)
-        self.quality = QualityLimit(self.options.bad_images)
         self.saves = config_lib.call(
             checkpoint.Checkpoints,
             config.get("checkpoint", {}),
@@ -113,10 +112,13 @@ class Run:
                 program.abstract.params, include_stats=False
             )
             logging.info("parameters:\n%s", overview)
+        self.quality = QualityLimit(self.options.bad_images, meta.get("quality", ()))
         self.step_fn = program.step()
         self.position = meta.get("position")
         self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
-        self.evaluator = evaluate.Evaluator(config, self.task, mesh)
+        class_names = self.stream.class_names
+        run_folder.store_class_names(workdir, class_names)
+        self.evaluator = evaluate.Evaluator(config, self.task, mesh, class_names)
         self.progress = self._progress(program, meta)
         self.last_eval: dict[str, float] = {}
 
@@ -213,6 +215,7 @@ class Run:
             "images_seen": self.place.images_seen,
             "fingerprint": self.stream.plan.fingerprint(),
             "tokens_seen": self.progress.tokens_seen,
+            "quality": self.quality.window(),
             "environment": run_folder.environment(),
         }
         self.saves.save(step, self.state, metadata, self.last_eval)

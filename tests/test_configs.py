@@ -8,11 +8,8 @@ from navit_jax import config as config_lib
 from navit_jax.errors import ConfigError
 
 CONFIGS = [
-    ("configs/smoke.py",),
-    ("configs/masked_patches.py",),
-    ("configs/vit_baseline.py",),
+    *((str(p.relative_to(tiny.ROOT)),) for p in tiny.ROOT.glob("configs/*.py")),
     ("configs/vit_baseline.py", "full"),
-    ("configs/navit_classification.py",),
     ("configs/navit_classification.py", "variant=L/14,res=56:224"),
 ]
 

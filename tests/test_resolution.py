@@ -40,6 +40,26 @@ def law(**section):
             },
             stats.truncnorm(-6, 2, loc=17.5, scale=1.25),
         ),
+        (
+            {
+                "name": "truncated_normal",
+                "low": 10,
+                "high": 20,
+                "mean": -2,
+                "sigma": 0.1,
+            },
+            stats.truncnorm(10, 30, loc=5, scale=0.5),
+        ),
+        (
+            {
+                "name": "truncated_normal",
+                "low": 10,
+                "high": 20,
+                "mean": 3,
+                "sigma": 0.05,
+            },
+            stats.truncnorm(-80, -40, loc=30, scale=0.25),
+        ),
     ],
 )
 def test_sides_follow_the_law(section, expected):
@@ -144,7 +164,8 @@ def test_limit_finds_the_largest_grid_of_the_aspect_that_fits(
         return tokens <= max_tokens and (max_side is None or max(grid) <= max_side)
 
     # The second way: every scale at which a side gains a patch, from large to small.
-    scales = {n / pixels for pixels in (height, width) for n in range(1, 101)} | {0.0}
+    counts = range(1, int(drawn.max()) + 1)
+    scales = {n / pixels for pixels in (height, width) for n in counts} | {0.0}
     candidates = [
         tuple(
             min(d, max(1, int(s * p * (1 + 1e-9))))

@@ -208,6 +208,25 @@ def test_array_record_files_of_examples_give_labels_captions_and_keys(tmp_path):
         source[5]
 
 
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "nul \0 inside",
+        "\U0001f600",
+        "\u05e9\u05dc\u05d5\u05dd \u202etfel",
+        "x" * 100_000,
+    ],
+    ids=["empty", "NUL", "emoji", "right to left", "100 kB"],
+)
+def test_a_caption_of_any_kind_comes_through_as_it_is(tmp_path, caption):
+    rows = [example(jpg=[png(2, 3)], txt=[caption.encode()])]
+    write_records(tmp_path / "a.array_record", rows)
+    path = str(tmp_path / "a.array_record")
+    source = sources.array_record(path, image="jpg", caption="txt")
+    assert source[0].caption == caption
+
+
 def test_a_corrupt_record_is_an_os_error_that_names_it(tmp_path):
     path = tmp_path / "a.array_record"
     noise = np.random.default_rng(0).bytes(200_000)
@@ -436,11 +455,25 @@ def test_a_picture_without_a_usable_header_has_size_zero(tmp_path, caplog):
         return (3, 70_000) if data == png(*SHAPES[2]) else read_size(data)
 
     with caplog.at_level("WARNING", logger="absl"):
-        table = sizes.scan(source, 2, read_wide)
+        table, unreadable = sizes.scan(source, 2, read_wide)
+    assert unreadable == 1  # the picture that is gone
     assert table.tolist() == [[0, 0]] * 4
     assert "4 pictures have no usable size" in caplog.text
     with pytest.raises(BadImage):
         read_size(b"<html>")
+
+
+def test_a_table_with_pictures_that_could_not_be_read_is_used_but_not_kept(tmp_path):
+    root = make_folder(tmp_path / "set", ["a/1.png", "a/2.png"])
+    (root / "a" / "0.png").symlink_to("/nowhere.png")
+    source = sources.folder(str(root))
+    table = sizes.size_table(source)
+    np.testing.assert_array_equal(table[0], 0)
+    assert (table[1:] > 0).all()
+    # What was out of reach for a moment is there again the next time.
+    (root / "a" / "0.png").unlink()
+    (root / "a" / "0.png").write_bytes(png(*SHAPES[0]))
+    assert (sizes.size_table(sources.folder(str(root))) > 0).all()
 
 
 def test_a_label_out_of_range_ends_the_scan_with_its_key(tmp_path):

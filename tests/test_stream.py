@@ -143,3 +143,27 @@ def test_mixed_sources_must_share_their_classes(folder):
     }
     with pytest.raises(ConfigError, match="must share their classes"):
         data.open_sources(sources)
+    # As many classes, but others.
+    for name in "cd":
+        (folder / "other" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "other" / name / "1.png")
+    sources["clipart"] = {"name": "folder", "path": str(folder / "other")}
+    sources["mine"]["path"] = str(folder / "mine")
+    for name in "ab":
+        (folder / "mine" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "mine" / name / "1.png")
+    with pytest.raises(ConfigError, match="must share their classes"):
+        data.open_sources(sources)
+
+
+def test_the_share_of_each_source_is_that_of_its_weight():
+    sources = {
+        name: {"name": "clipart", "split": split, "weight": weight}
+        for name, split, weight in (("old", "train", 3.0), ("new", "validation", 1.0))
+    }
+    stream = experiment.build_stream(tiny.config(data__sources=sources))
+    keys = [
+        k for _, info in take(stream, range(8), 20) for row in info.keys for k in row
+    ]
+    share = sum(key.startswith("old:") for key in keys) / len(keys)
+    assert share == pytest.approx(0.75, abs=0.03)

@@ -117,6 +117,13 @@ def test_evaluation_of_the_folder_gives_what_the_run_said(unbroken):
     assert written["values"] == values
 
 
+def test_a_set_of_other_classes_is_not_judged(tmp_path):
+    other = {"name": "clipart", "split": "validation", "labels": "classes34"}
+    evals = {"other": {"sources": {"c": other}, "sides": (32,)}}
+    with pytest.raises(ConfigError, match="must share their classes"):
+        train.train(tiny.config(evals=evals), tmp_path)
+
+
 def test_a_folder_of_another_config_is_refused_by_the_keys_that_differ(unbroken):
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.5"):
         train.train(tiny.config(optim__lr=0.5), unbroken)

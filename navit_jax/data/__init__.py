@@ -45,9 +45,14 @@ class Stream:
     prefetch: int
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the sources, which share them; () if they have no labels."""
+        return tuple(self.loader.sources[0].class_names)
+
+    @property
     def num_classes(self) -> int:
         """Of the sources; 0 if they have no labels."""
-        return max(source.num_classes for source in self.loader.sources)
+        return len(self.class_names)
 
     def example(self) -> PackedBatch:
         """A global batch of empty rows: for shapes."""
@@ -121,19 +126,30 @@ def open_sources(
     """The sources of `config.data.sources`, and their weights (1 if none is given)."""
     if not sections:
         raise ConfigError("config.data.sources is empty: name at least one source")
-    sources, weights = [], []
+    sources: list[StoredSource] = []
+    weights: list[float | int] = []
     for name, section in sections.items():
         arguments = {k: v for k, v in section.items() if k != "weight"}
         where = f"data.sources.{name}"
         sources.append(config_lib.build(arguments, SOURCES, where))
         weights.append(section.get("weight", 1.0))
-    counts = {source.num_classes for source in sources}
-    if len(counts) > 1:
-        raise ConfigError(
-            f"config.data.sources: the sources have {sorted(counts)} classes; sources "
-            "that are mixed must share their classes"
-        )
+    for source in sources[1:]:
+        check_classes(source, sources[0].class_names)
     return sources, weights
+
+
+def check_classes(source: StoredSource, class_names: Sequence[str]) -> None:
+    """Raises ConfigError if a source has other classes than those, by number.
+
+    Classes without names are known by their number alone.
+    """
+    own, wanted = list(source.class_names), list(class_names)
+    if own != wanted:
+        raise ConfigError(
+            f"source {source.name} has {len(own)} classes {own[:4]}..., the others "
+            f"{len(wanted)}: {wanted[:4]}...; sources that are trained on or judged "
+            "together must share their classes, in one order"
+        )
 
 
 def open_stream(
@@ -204,5 +220,5 @@ def open_stream(
         max_side=max_side,
         training=training,
     )
-    loader = Loader(tuple(opened), patch, tokens, slots, num_labels)
+    loader = Loader(tuple(opened), tuple(sources), patch, tokens, slots, num_labels)
     return Stream(plan, loader, threads, workers, prefetch)

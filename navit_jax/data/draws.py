@@ -16,7 +16,7 @@ ROUNDS = 12
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): a bijection of 64 bits."""
     x = x ^ (x >> np.uint64(30))
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -40,7 +40,7 @@ def key(
     stream = np.uint64(int.from_bytes(digest, "big"))
     # At least one dimension: arrays wrap around in silence, scalars warn.
     epochs = np.atleast_1d(np.asarray(epoch)).astype(np.uint64)
-    return _mix(_mix(epochs * GOLDEN + stream) + indices.astype(np.uint64) * GOLDEN)
+    return mix(mix(epochs * GOLDEN + stream) + indices.astype(np.uint64) * GOLDEN)
 
 
 def uniform(
@@ -73,8 +73,8 @@ def permute(
         for i in range(0, ROUNDS, 2):
             # The halves differ in width, so they do not swap: each in turn is changed
             # by a function of the other, which can always be undone.
-            left ^= _mix(right + keys[i]) & high_mask
-            right ^= _mix(left + keys[i + 1]) & low_mask
+            left ^= mix(right + keys[i]) & high_mask
+            right ^= mix(left + keys[i + 1]) & low_mask
         return left << low | right
 
     indices = scramble(positions.astype(np.uint64))

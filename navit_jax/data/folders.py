@@ -46,8 +46,7 @@ class Folder:
 
     def fingerprint(self) -> str:
         """Of names, sizes and times of the files."""
-        stats = [(f, os.stat(os.path.join(self.folder, f))) for f in self.files]
-        return digest((f, s.st_size, s.st_mtime_ns) for f, s in stats)
+        return digest((f, *_size_and_time(self.folder, f)) for f in self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -59,6 +58,16 @@ class Folder:
         # A name need not be UTF-8; a key is written to JSON.
         key = os.fsencode(file).decode("utf-8", "backslashreplace")
         return Record(key, image, labels)
+
+
+def _size_and_time(folder: str, file: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(os.path.join(folder, file))
+    except (
+        OSError
+    ):  # A dangling link: a picture that can not be read, when its turn comes.
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def folder(path: str, labels: bool = True) -> Folder:

@@ -167,6 +167,8 @@ def _upright(picture: Picture) -> Size:
 
 
 def _nearly_same_aspect(a: Size, b: Size) -> bool:
+    if 0 in (*a, *b):  # planned without a size: it could not be read then
+        return False
     stretch = a[0] * b[1] / (a[1] * b[0])
     return max(stretch, 1 / stretch) <= 1 + ASPECT_TOLERANCE
 

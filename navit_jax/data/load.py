@@ -13,7 +13,7 @@ import numpy as np
 from navit_jax.batch import PackedBatch
 from navit_jax.data import images, patches
 from navit_jax.data.pack import LoadedImage, pack_rows
-from navit_jax.data.sources import Source
+from navit_jax.data.records import StoredSource
 from navit_jax.data.window import PlannedRow
 
 
@@ -30,12 +30,14 @@ class Loader:
 
     Attributes:
       sources: In the order of the plan.
+      names: What the config calls them.
       patch: Side of a patch in pixels.
       num_tokens, num_slots: L and N.
       num_labels: The most labels an image may have.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[StoredSource, ...]
+    names: tuple[str, ...]
     patch: int
     num_tokens: int
     num_slots: int
@@ -70,12 +72,13 @@ class Loader:
         notes: collections.Counter[str],
     ) -> LoadedImage:
         source, index = self.sources[row.source[i]], int(row.index[i])
+        prefix = self.names[row.source[i]]
         try:
             record = source[index]
         except OSError:
-            skipped.append((name := f"{source.name}:#{index}", "unreadable"))
+            skipped.append((name := f"{prefix}:#{index}", "unreadable"))
             return self._unusable(row, i, name)
-        name = f"{source.name}:{record.key}"
+        name = f"{prefix}:{record.key}"
         rows, columns = grid = (int(row.grid[i, 0]), int(row.grid[i, 1]))
         try:
             pixels, odd = images.read(

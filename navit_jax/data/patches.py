@@ -7,7 +7,8 @@ row-major, channels last).
 import numpy as np
 from jaxtyping import Int, UInt8
 
-GOLDEN = 0x9E3779B97F4A7C15
+from navit_jax.data.draws import GOLDEN, mix
+
 WORD = 2**64 - 1
 
 
@@ -49,13 +50,6 @@ def keep_patches(num: int, kept: int, key: int) -> Int[np.ndarray, " n"]:
     """
     assert 1 <= kept <= num, f"{kept} of {num} patches"
     # The key is hashed first: else near keys would give shifted draws.
-    start = int(_mix(np.array([key & WORD], np.uint64))[0])
-    steps = np.arange(1, num + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    order = _mix(steps + np.uint64(start))
+    start = mix(np.array([key & WORD], np.uint64))
+    order = mix(np.arange(1, num + 1, dtype=np.uint64) * GOLDEN + start)
     return np.sort(np.argpartition(order, kept - 1)[:kept])
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

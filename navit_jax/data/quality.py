@@ -1,6 +1,7 @@
 """Ends a run whose data are too bad: a share of the last 10,000 planned images."""
 
 import collections
+from collections.abc import Sequence
 
 from navit_jax.errors import DataError
 
@@ -10,13 +11,23 @@ WINDOW = 10_000
 class QualityLimit:
     """Counts unusable images by reason over a rolling window of planned ones."""
 
-    def __init__(self, limit: float | int):
-        """`limit` is the share of the window that may be unusable, 0.01 is 1 %."""
+    def __init__(self, limit: float | int, window: Sequence[Sequence[int]] = ()):
+        """Starts with an empty window, or with one that `window()` gave.
+
+        Args:
+          limit: Share of the window that may be unusable, 0.01 is 1 %.
+        """
         self.limit = limit
         self.reasons: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
         self._steps: collections.deque[tuple[int, int]] = collections.deque()
         self._planned = self._skipped = 0
+        for planned, skipped in window:
+            self.check(planned, skipped)
+
+    def window(self) -> list[list[int]]:
+        """(planned, unusable) of the steps in the window, for a checkpoint."""
+        return [list(step) for step in self._steps]
 
     def note(self, skipped: list[tuple[str, str]]) -> None:
         """Remembers this host's unusable images, as (name, reason), for the table."""

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Real
-from scipy.special import ndtr, ndtri
+from scipy.special import log_ndtr, ndtri_exp
 
 from navit_jax.config import nearest
 from navit_jax.errors import ConfigError
@@ -146,9 +146,16 @@ class TruncatedNormal:
 
     def __call__(self, u: Draws, sizes: Sizes) -> Float64[np.ndarray, " M"]:
         """The side of each image."""
-        low, high = ndtr((np.array([-1.0, 1.0]) - self.mean) / self.sigma)
-        x = self.mean + self.sigma * ndtri(low + (high - low) * u)
-        return _side((x.clip(-1, 1) + 1) / 2, self.low, self.high, self.of)
+        # In the lower tail, where small probabilities keep their digits: a law whose
+        # interval lies in the upper tail is mirrored, and logarithms never reach 0.
+        mirror = self.mean < 0
+        mean = -self.mean if mirror else self.mean
+        low, high = log_ndtr((np.array([-1.0, 1.0]) - mean) / self.sigma)
+        at = 1 - u if mirror else u
+        log = high + np.log(np.maximum(at + (1 - at) * np.exp(low - high), 1e-300))
+        x = (mean + self.sigma * ndtri_exp(log)).clip(-1, 1)
+        x = -x if mirror else x
+        return _side((x + 1) / 2, self.low, self.high, self.of)
 
 
 def _fit(

@@ -48,7 +48,15 @@ def size_table(
     for path in paths:
         for stale in path.parent.glob(_stem(source) + "-*.npy"):
             logging.warning("%s no longer fits the data: scanning again", stale)
-    table = scan(source, threads, read_size)
+    table, unreadable = scan(source, threads, read_size)
+    if unreadable:
+        # It may be for now only: a kept table would leave them out for ever.
+        logging.warning(
+            "%s: %d pictures could not be read; the size table is not kept",
+            source.name,
+            unreadable,
+        )
+        return table
     for path in paths:
         try:
             _save(path, table, _stem(source))
@@ -61,15 +69,23 @@ def size_table(
 
 def scan(
     source: StoredSource, threads: int, read_size: ReadSize
-) -> UInt16[np.ndarray, "M 2"]:
-    """Reads the size of every picture from its header, with a progress bar."""
+) -> tuple[UInt16[np.ndarray, "M 2"], int]:
+    """Reads the size of every picture from its header, with a progress bar.
+
+    Returns:
+      The table, and how many pictures could not be read at all.
+    """
+    unreadable: list[int] = []
     starts = range(0, len(source), CHUNK)
     table = np.zeros((len(source), 2), np.uint16)
 
     def fill(start: int) -> int:
         stop = min(start + CHUNK, len(source))
         for index in range(start, stop):
-            table[index] = _size(source, index, read_size)
+            try:
+                table[index] = _size(source, index, read_size)
+            except OSError:
+                unreadable.append(index)
         return stop - start
 
     with (
@@ -85,13 +101,13 @@ def scan(
             raise
     if refused := int((table == 0).all(1).sum()):
         logging.warning("%s: %d pictures have no usable size", source.name, refused)
-    return table
+    return table, len(unreadable)
 
 
 def _size(source: StoredSource, index: int, read_size: ReadSize) -> tuple[int, int]:
     try:
         size = read_size(source[index].image)
-    except (images.BadImage, OSError):
+    except images.BadImage:
         return 0, 0
     return size if max(size) <= np.iinfo(np.uint16).max else (0, 0)
 

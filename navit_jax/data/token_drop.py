@@ -194,7 +194,8 @@ class ByResolution:
     """A normal law, truncated at two sigma, whose centre grows with the tokens (B.6).
 
     The centre is `minimum` at `tokens_low` tokens before dropping, `maximum` at
-    `tokens_high`, linear between and constant outside. A schedule shifts it, so that
+    `tokens_high`, between them linear in the tokens (B.6), or with of="side" in the
+    side, as the main text has it, and constant outside. A schedule shifts it, so that
     the middle of the two is the scheduled rate. Rates are clipped to [0, 1].
     """
 
@@ -203,12 +204,16 @@ class ByResolution:
     tokens_low: int
     tokens_high: int
     sigma: Number = 0.02
+    of: str = "tokens"
     schedule: Scheduled = None
 
     def __post_init__(self):
         object.__setattr__(self, "schedule", _scheduled(self.schedule))
         _check_rate(self.minimum, "minimum")
         _check_rate(self.maximum, "maximum")
+        if self.of not in ("tokens", "side"):
+            hint = config.nearest(self.of, ("tokens", "side"))
+            raise ConfigError(f"token_drop.of={self.of!r}: {hint}")
         if not (0 < self.tokens_low < self.tokens_high and self.sigma >= 0):
             raise ConfigError(
                 f"token_drop: tokens_low={self.tokens_low}, "
@@ -222,7 +227,10 @@ class ByResolution:
 
     def __call__(self, u: Draws, tokens: Counts, images_seen: Counts) -> Rates:
         """The rate of each image."""
-        share = (tokens - self.tokens_low) / (self.tokens_high - self.tokens_low)
+        at, low, high = tokens, self.tokens_low, self.tokens_high
+        if self.of == "side":
+            at, low, high = np.sqrt(at), np.sqrt(low), np.sqrt(high)
+        share = (at - low) / (high - low)
         slope = (self.maximum - self.minimum) * (share.clip(0, 1) - 0.5)
         low, high = ndtr(-2.0), ndtr(2.0)
         noise = self.sigma * ndtri(low + (high - low) * u)

@@ -56,7 +56,6 @@ MARKS = {
     *("aiga", "aj", "bb", "bw", "bwh", "by", "clipart", "fc", "ganson", "md"),
     *("mimooh", "openclipart", "symbol", "zazou"),
 }
-JUNK = re.compile(r"hash\(|@|/|clipart|^\W*$|^\d\d ")
 
 
 def read_metadata(path: pathlib.Path) -> tuple[str, list[str], list[str]]:
