@@ -24,8 +24,7 @@ Lengths = Int64[np.ndarray, "M K"]
 Packer = Callable[[Lengths, Sequence[int], int], list[int]]
 
 # When a row has no more room than this times the longest remaining image, `closing`
-# ends it. The best of 1, 1.25 and 1.5 on the three loads of tests/test_packers.py; with
-# 0 it pads up to three times as much.
+# ends it. The best of 1, 1.25 and 1.5 on the three loads of tests/test_packers.py.
 CLOSE_BELOW = 1.25
 
 

@@ -129,7 +129,7 @@ POINTS, STEPS = 2049, 64
 def _beta_quantiles(mean: float) -> np.ndarray:
     """Quantiles on [0, 1] at u = sin(t)**2, t equally spaced in a quarter circle.
 
-    The inverse itself costs half a microsecond an image, as much as packing it.
+    The inverse itself would cost as much as all else that is planned of an image.
     """
     if mean in (0.0, 1.0):
         return np.full(POINTS, mean)
