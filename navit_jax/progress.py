@@ -1,7 +1,6 @@
 """Gathers what the steps of an interval say, and tells it: line, jsonl, TensorBoard."""
 
 import collections
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,18 +10,21 @@ from navit_jax import reporting
 from navit_jax.batch import BatchInfo
 from navit_jax.host_signals import Totals
 
+Sums = collections.Counter[str]
+
 
 class Progress:
     """Sums metrics over the steps of an interval and reports at its end.
 
     Metrics are read one step late, so reading them never waits for the step just sent.
+    What it has summed so far goes into a checkpoint: a resumed run reports what an
+    unbroken one does, but for times.
     """
 
     def __init__(
         self,
         *,
         writer: reporting.MetricWriter,
-        first_step: int,
         steps: int,
         report_every: int,
         rows: int,
@@ -30,29 +32,32 @@ class Progress:
         schedule: Callable[[int], Any],
         flops: Callable[[float, float, float], float],
         peak_flops: float,
-        tokens_seen: int = 0,
+        state: Mapping[str, Any] | None = None,
     ):
-        """Starts at a step.
+        """Starts, or goes on.
 
         Args:
           rows: Rows of the global batch.
           num_tokens: Tokens of a row.
-          schedule: Learning rate by step.
+          schedule: Learning rate by count of updates.
           flops: Training FLOPs of (tokens, sum of n_i^2, images).
           peak_flops: FLOP/s of all devices together.
-          tokens_seen: Before the first step.
+          state: What `state()` gave.
         """
         self.writer, self.steps, self.every = writer, steps, report_every
         self.rows, self.num_tokens = rows, num_tokens
         self.schedule, self.flops, self.peak = schedule, flops, peak_flops
-        self.tokens_seen = tokens_seen
-        self.clock = reporting.Clock(first_step, steps)
+        state = state or {}
+        # Of the run; of the interval; of the steps since the clock last ticked.
+        self.run: Sums = collections.Counter(state.get("run", {}))
+        self.interval: Sums = collections.Counter(state.get("interval", {}))
+        self.timed: Sums = collections.Counter()
+        self.clock = reporting.Clock(steps)
         self.seconds_aside = 0.0
-        self.skipped: collections.Counter[str] = collections.Counter()
-        self.notes: collections.Counter[str] = collections.Counter()
-        self.sources: collections.Counter[str] = collections.Counter()
-        self.shrunk = 0
-        self._read: list[dict[str, Any]] = []
+
+    def state(self) -> dict[str, dict[str, float | int]]:
+        """What a checkpoint keeps; JSON-able."""
+        return {"run": dict(self.run), "interval": dict(self.interval)}
 
     def add(
         self, step: int, info: BatchInfo, place: Totals, metrics: Mapping[str, Any]
@@ -62,70 +67,73 @@ class Progress:
         Args:
           place: Of all hosts after the step.
         """
-        self._read.append(dict(metrics))
-        self.skipped.update(reason for _, reason in info.skipped)
-        self.notes.update(info.notes)
-        names = (name.split(":", 1)[0] for row in info.keys for name in row)
-        self.sources.update(names)
-        self.shrunk += info.shrunk
-        self.tokens_seen += int(metrics["counts"]["tokens"])
-        begun = self.clock.begun is not None
-        if not begun or step % self.every == 0 or step == self.steps:
-            self._report(step, place)
+        counts = {name: float(n) for name, n in metrics["counts"].items()}
+        self.run.update([f"skipped/{reason}" for _, reason in info.skipped])
+        self.run.update({f"notes/{note}": n for note, n in info.notes.items()})
+        self.run.update(
+            "share/" + name.split(":", 1)[0] for row in info.keys for name in row
+        )
+        self.run.update({"shrunk": info.shrunk, "tokens_seen": int(counts["tokens"])})
+        self.timed.update({"steps": 1, **counts})
+        self.interval.update({"steps": 1, **counts})
+        # A step that was not finite is counted, and left out of the interval's means.
+        if metrics["finite"]:
+            for name, mean in metrics["means"].items():
+                total, weight = float(mean.total), float(mean.weight)
+                self.interval.update({f"total/{name}": total, f"weight/{name}": weight})
+        if step == 1 or step % self.every == 0 or step == self.steps:
+            self._report(step, place, metrics)
+        elif self.clock.begun is None:
+            self._tick(step)  # The first step after resuming compiles.
 
-    def _report(self, step: int, place: Totals) -> None:
-        read, self._read = self._read, []
+    def _tick(self, step: int) -> tuple[dict[str, float], float]:
+        """Throughput since the last tick, and the seconds left."""
         seconds, left = self.clock.tick(step, self.seconds_aside)
+        timed, self.timed = self.timed, collections.Counter()
         self.seconds_aside = 0.0
-        counts = {
-            name: sum(float(m["counts"][name]) for m in read)
-            for name in read[0]["counts"]
+        return self._throughput(seconds, timed) if seconds > 0 else {}, left
+
+    def _report(self, step: int, place: Totals, metrics: Mapping[str, Any]) -> None:
+        sums, self.interval = self.interval, collections.Counter()
+        names = [name for name in sums if name.startswith("total/")]
+        means = {
+            f"train/{n[6:]}": sums[n] / max(sums[f"weight/{n[6:]}"], 1) for n in names
         }
-        rows, planned = len(read) * self.rows, sum(self.sources.values())
+        throughput, left = self._tick(step)
+        rows, updates = sums["steps"] * self.rows, step - 1 - int(metrics["nonfinite"])
         values = {
-            **self._means(read),
-            "train/gradient_norm": float(read[-1]["gradient_norm"]),
-            "train/learning_rate": float(self.schedule(step - 1)),
-            "train/nonfinite_steps": int(read[-1]["nonfinite"]),
-            "pack/padding": 1 - counts["tokens"] / (rows * self.num_tokens),
-            "pack/images_per_row": counts["images"] / rows,
+            **(means or {"train/loss": float("nan")}),
+            "train/gradient_norm": float(metrics["gradient_norm"]),
+            "train/learning_rate": float(self.schedule(max(updates, 0))),
+            "train/nonfinite_steps": int(metrics["nonfinite"]),
+            "pack/padding": 1 - sums["tokens"] / (rows * self.num_tokens),
+            "pack/images_per_row": sums["images"] / rows,
             "data/images_seen": place.images_seen,
-            "data/tokens_seen": self.tokens_seen,
-            "data/skipped": sum(self.skipped.values()),
-            "data/shrunk": self.shrunk,
-            **{f"data/skipped/{reason}": n for reason, n in self.skipped.items()},
-            **{f"data/notes/{note}": n for note, n in self.notes.items()},
-            **{f"data/share/{k}": n / planned for k, n in self.sources.items()},
-            **self._throughput(seconds, counts, len(read)),
+            **self._of_the_run(),
+            **throughput,
         }
         logging.info("%s", reporting.progress_line(step, self.steps, left, values))
         self.writer.write(step, {**values, "position": place.position})
 
-    def _means(self, read: list[dict[str, Any]]) -> dict[str, float]:
-        # A step that was not finite is counted, and left out of the interval's means.
-        finite = [m["means"] for m in read if m["finite"]]
-        if not finite:
-            return {"train/loss": float("nan")}
+    def _of_the_run(self) -> dict[str, float | int]:
+        skipped = [n for name, n in self.run.items() if name.startswith("skipped/")]
+        shares = {k: n for k, n in self.run.items() if k.startswith("share/")}
+        planned = max(sum(shares.values()), 1)
         return {
-            f"train/{name}": functools.reduce(
-                lambda a, b: a + b, (means[name] for means in finite)
-            ).result()
-            for name in finite[0]
+            "data/skipped": sum(skipped),
+            **{f"data/{k}": n for k, n in self.run.items() if k not in shares},
+            **{f"data/{k}": n / planned for k, n in shares.items()},
         }
 
-    def _throughput(
-        self, seconds: float, counts: Mapping[str, float], num_steps: int
-    ) -> dict[str, float]:
-        if not seconds > 0:
-            return {}
-        images = counts["images"]
-        useful = self.flops(counts["tokens"], counts["attention_pairs"], images)
-        tokens = float(num_steps * self.rows * self.num_tokens)
+    def _throughput(self, seconds: float, sums: Sums) -> dict[str, float]:
+        images, real = float(sums["images"]), float(sums["tokens"])
+        useful = self.flops(real, float(sums["attention_pairs"]), images)
+        tokens = float(sums["steps"] * self.rows * self.num_tokens)
         padded = self.flops(tokens, tokens * self.num_tokens, images)
         return {
-            "throughput/step_seconds": seconds / num_steps,
+            "throughput/step_seconds": seconds / sums["steps"],
             "throughput/images_per_second": images / seconds,
-            "throughput/tokens_per_second": counts["tokens"] / seconds,
+            "throughput/tokens_per_second": real / seconds,
             "throughput/mfu": useful / seconds / self.peak,
             "throughput/mfu_padded": padded / seconds / self.peak,
         }

@@ -1,14 +1,16 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard events."""
 
+import importlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 from etils import epath
+
+from navit_jax.errors import CheckpointError
 
 
 class MetricWriter:
@@ -28,8 +30,13 @@ class MetricWriter:
         self._events = None
         if not active:
             return
-        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        records = read_metrics(workdir)
+        kept = [r for r in records if r["step"] <= first_step]
+        if len(kept) < len(records) or not self.path.exists():
+            # Written beside it first: a kill in this moment must not lose the history.
+            rest = workdir / "metrics.jsonl.tmp"
+            rest.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            rest.replace(self.path)
         self._events = _open_events(workdir, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -37,15 +44,18 @@ class MetricWriter:
         if not self.active:
             return
         record = {"step": step} | {k: _json_number(v) for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} can not be written: {error}. Make room or mend the "
+                "folder, and start the same command again"
+            ) from error
         if self._events is None:
             return
         try:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, step)
-            self._events.flush()
+            _write_scalars(self._events, step, values)
         except OSError as error:
             logging.warning("TensorBoard events stop here: %s", error)
             self._events = None
@@ -54,6 +64,19 @@ class MetricWriter:
         """Closes the event file."""
         if self._events is not None:
             self._events.close()
+
+
+def _write_scalars(events: Any, step: int, values: Mapping[str, Any]) -> None:
+    from tensorboardX import summary
+
+    event_pb2, now = _event_classes(), time.time()
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            scalar = summary.scalar(name, value)
+            events.write_event(
+                event_pb2.Event(wall_time=now, step=step, summary=scalar)
+            )
+    events.flush()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -74,17 +97,28 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 
 def _open_events(workdir: epath.Path, first_step: int) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import tensorboardX
+        from tensorboardX.event_file_writer import EventsWriter
 
-        # Steps beyond purge_step are hidden from the curves: the run makes them again.
-        return tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=60
+        # Not its SummaryWriter: that one's thread dies of a full disk in silence, and
+        # then it waits for ever.
+        event_pb2, folder = _event_classes(), workdir / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(folder / "events"))
+        # Hides what an earlier writer told of later steps: the run makes them again.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        now = time.time()
+        events.write_event(
+            event_pb2.Event(wall_time=now, step=first_step + 1, session_log=start)
         )
+        return events
     except OSError as error:
         logging.warning("no TensorBoard events: %s", error)
         return None
+
+
+def _event_classes() -> Any:
+    # Imported by name: protobuf makes its classes at run time.
+    return importlib.import_module("tensorboardX.proto.event_pb2")
 
 
 def _json_number(value: Any) -> Any:
@@ -96,11 +130,10 @@ def _json_number(value: Any) -> Any:
 class Clock:
     """Throughput over the last interval and the time left, on the monotonic clock."""
 
-    def __init__(self, first_step: int, steps: int):
-        """Starts the clock after the first step, which compiles."""
-        self.first_step, self.steps = first_step, steps
+    def __init__(self, steps: int):
+        """The first tick starts the clock: the first step compiles."""
+        self.steps = steps
         self.begun: float | None = None
-        self.interval = 0.0
 
     def tick(self, step: int, seconds_aside: float = 0.0) -> tuple[float, float]:
         """Seconds since the last tick, and seconds left of the run at the mean pace.

@@ -20,7 +20,7 @@ from navit_jax.errors import ConfigError
 
 # Keys that change neither the batches nor what a step computes from them.
 HARMLESS = re.compile(
-    r"steps$|checkpoint\.|evals\.|mesh\.|train\.(?!ema)|data\.(workers|threads|prefetch)$|"
+    r"checkpoint\.|evals\.|mesh\.|train\.(?!ema)|data\.(workers|threads|prefetch)$|"
     r"model\.(attention|remat|scan)$"
 )
 

@@ -42,11 +42,11 @@ def hold(folder: epath.PathLike, take_over: bool = False) -> "RunLock":
     lock = RunLock(folder)
     if not lock.create():
         owner = lock.read_owner()
-        reason = "--take-over was given" if take_over else lock.find_stale(owner)
+        reason = "--take_over was given" if take_over else lock.find_stale(owner)
         if not reason:
             raise ConfigError(
                 f"{folder} is in use by {_describe(owner)}. Wait for it or stop it, "
-                "take another folder, or pass --take-over if it is gone"
+                "take another folder, or pass --take_over if it is gone"
             )
         logging.warning("Taking %s over from %s: %s.", folder, _describe(owner), reason)
         lock.clear(owner)

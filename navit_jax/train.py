@@ -1,6 +1,6 @@
 """Trains: `python -m navit_jax.train --config=configs/smoke.py --workdir=runs/demo`.
 
-The same command on the same folder resumes. The loop is: step, report, save, evaluate.
+The same command on the same folder resumes. The loop is: step, report, evaluate, save.
 """
 
 import time
@@ -67,7 +67,7 @@ def train(
         mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
         with jax.set_mesh(mesh):
             run = Run(config, workdir, mesh, stop, check_lock)
-            return run.loop(profile)
+            return run.run(profile)
 
 
 class Run:
@@ -114,6 +114,7 @@ class Run:
             logging.info("parameters:\n%s", overview)
         self.quality = QualityLimit(self.options.bad_images, meta.get("quality", ()))
         self.step_fn = program.step()
+        self.judge = jax.jit(lambda *args: self.task.metrics(*args)["loss"].total)
         self.position = meta.get("position")
         self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
         class_names = self.stream.class_names
@@ -121,14 +122,25 @@ class Run:
         self.evaluator = evaluate.Evaluator(config, self.task, mesh, class_names)
         self.progress = self._progress(program, meta)
         self.last_eval: dict[str, float] = {}
+        self.tracing = False
 
-    def loop(self, profile: tuple[int, int] | None = None) -> int:
-        """Steps, reports, saves, evaluates; returns the exit code."""
+    def run(self, profile: tuple[int, int] | None = None) -> int:
+        """Runs the loop, and closes what it opened however it ends."""
+        try:
+            code = self._loop(profile)
+            self.saves.close()
+            return code
+        finally:
+            self._trace(None, self.steps)
+            self.progress.close()
+
+    def _loop(self, profile: tuple[int, int] | None) -> int:
+        """Steps, reports, evaluates, saves; returns the exit code."""
         batches = self.stream.batches(self.rows, self.position)
         pending: list[tuple[int, PackedBatch, BatchInfo, Any]] = []
         step, stopped = self.first, False
         while step < self.steps and not stopped:
-            _trace(profile, step, self.workdir)
+            self._trace(profile, step)
             host, info = next(batches)
             numbers = host_signals.encode(info, self.stop.requested)
             batch, numbers = sharding.place((host, numbers), self.mesh)
@@ -139,11 +151,11 @@ class Run:
             stopped = len(pending) > 1 and self._read(*pending.pop(0))
             if stopped or self._due(step, "save_every", "evaluate_every"):
                 while pending:
-                    self._read(*pending.pop(0))
-                self._evaluate(step)
+                    stopped |= self._read(*pending.pop(0))
+                # A checkpoint holds what it was judged by; who is told to stop has no
+                # time to judge.
+                self.last_eval = {} if stopped else self._evaluate(step)
                 self._save(step)
-        self.saves.close()
-        self.progress.close()
         return PREEMPTED if step < self.steps else 0
 
     def _due(self, step: int, *names: str) -> bool:
@@ -171,7 +183,8 @@ class Run:
         """Names the images of a step that changed nothing, and ends the run if many."""
         culprits = self._culprits(host, info)
         names = [name for row in info.keys for name in row]
-        path = self.workdir / f"nonfinite_step_{step}.txt"
+        host_name = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self.workdir / f"nonfinite_step_{step}{host_name}.txt"
         lines = [f"alone not finite: {name}" for name in culprits] + names
         path.write_text("\n".join(lines) + "\n")
         logging.error(
@@ -192,21 +205,22 @@ class Run:
         """The images of this host whose loss is not finite alone, by name."""
         if jax.process_count() > 1:
             return []  # Other hosts would have to run along.
-        judge = jax.jit(lambda *args: self.task.metrics(*args)["loss"].total)
         found = isolation.find_nonfinite(
-            lambda batch: judge(self.state.params, batch), host
+            lambda batch: self.judge(self.state.params, batch), host
         )
-        places = (np.argwhere((host.image_ids == image).all(-1))[0] for image in found)
-        return [info.keys[row][slot] for row, slot in places]
+        if not len(found):
+            return []
+        same = [(host.image_ids == image).all(-1) & host.image_mask for image in found]
+        return [info.keys[row][slot] for row, slot in np.argwhere(np.any(same, 0))]
 
-    def _evaluate(self, step: int) -> None:
-        self.last_eval = {}
-        if not self._due(step, "evaluate_every"):
-            return
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if not (self.evaluator.streams and self._due(step, "evaluate_every")):
+            return {}
         begun = time.monotonic()
         params = self.state.ema or self.state.params
-        self.last_eval = self.evaluator.run(params)
-        self.progress.evaluated(step, self.last_eval, time.monotonic() - begun)
+        values = self.evaluator.run(params)
+        self.progress.evaluated(step, values, time.monotonic() - begun)
+        return values
 
     def _save(self, step: int) -> None:
         self.check_lock()
@@ -214,11 +228,21 @@ class Run:
             "position": self.place.position,
             "images_seen": self.place.images_seen,
             "fingerprint": self.stream.plan.fingerprint(),
-            "tokens_seen": self.progress.tokens_seen,
+            "progress": self.progress.state(),
             "quality": self.quality.window(),
             "environment": run_folder.environment(),
         }
         self.saves.save(step, self.state, metadata, self.last_eval)
+
+    def _trace(self, window: tuple[int, int] | None, step: int) -> None:
+        """Starts a profiler trace in the window of steps, and stops it after it."""
+        inside = window is not None and window[0] <= step < window[1]
+        if inside and not self.tracing:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if self.tracing and not inside:
+            jax.profiler.stop_trace()
+            logging.info("profiler trace: %s", self.workdir / "profile")
+        self.tracing = inside
 
     def _progress(self, program: compile.Program, meta: Mapping[str, Any]) -> Progress:
         plan = self.stream.plan
@@ -226,7 +250,6 @@ class Run:
             writer=MetricWriter(
                 self.workdir, self.first, active=jax.process_index() == 0
             ),
-            first_step=self.first,
             steps=self.steps,
             report_every=self.options.report_every,
             rows=plan.rows,
@@ -234,16 +257,8 @@ class Run:
             schedule=program.schedule,
             flops=experiment.flops_counter(self.config),
             peak_flops=peak_flops.peak_flops(jax.devices()[0]) * jax.device_count(),
-            tokens_seen=meta.get("tokens_seen", 0),
+            state=meta.get("progress"),
         )
-
-
-def _trace(profile: tuple[int, int] | None, step: int, workdir: epath.Path) -> None:
-    if profile and step == profile[0]:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    if profile and step == profile[1]:
-        jax.profiler.stop_trace()
-        logging.info("profiler trace: %s", workdir / "profile")
 
 
 def define_main() -> Callable[[], int]:

@@ -14,8 +14,8 @@ from jaxtyping import Array, Int
 from navit_jax import optim
 from navit_jax.batch import PackedBatch, pytree
 from navit_jax.metrics import Mean
+from navit_jax.models.pooling import tokens_of_slots
 from navit_jax.tasks import Task
-from navit_jax.tasks.masked_patches import tokens_of_slots
 
 Params = Mapping[str, Any]
 

@@ -90,7 +90,7 @@ def test_durations_are_read_at_a_glance(seconds, text):
 def test_the_time_left_leaves_out_what_was_not_steps(monkeypatch):
     times = iter([100.0, 110.0, 150.0])
     monkeypatch.setattr(reporting.time, "monotonic", lambda: next(times))
-    clock = reporting.Clock(0, 100)
+    clock = reporting.Clock(100)
     assert np.isnan(clock.tick(1)[0])
     assert clock.tick(11) == (10.0, 89.0)  # a second a step
     # 30 of the 40 seconds went into an evaluation.

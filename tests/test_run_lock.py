@@ -40,7 +40,7 @@ def write_beat(folder, age, token="abc"):
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, caplog):
     first = start(tmp_path, "stay")
     try:
-        match = rf"process {first.pid} on \S+, started 20\d\d-.*--take-over"
+        match = rf"process {first.pid} on \S+, started 20\d\d-.*--take_over"
         with pytest.raises(ConfigError, match=match):
             run_lock.hold(tmp_path)
     finally:
@@ -104,7 +104,7 @@ def test_take_over_takes_it_and_the_loser_notices(tmp_path, caplog, monkeypatch)
     monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.05)
     first = run_lock.hold(tmp_path)
     second = run_lock.hold(tmp_path, take_over=True)
-    assert "--take-over was given" in caplog.text
+    assert "--take_over was given" in caplog.text
     deadline = time.monotonic() + 5
     with pytest.raises(ConfigError, match="was taken over by process"):  # noqa: PT012
         while time.monotonic() < deadline:

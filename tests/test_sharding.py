@@ -37,7 +37,7 @@ PARAMS = {
         },
         "pool": {"key": {"kernel": shape(32, 3, 8)}, "probe": shape(1, 32)},
     },
-    "head": {"kernel": shape(32, 5), "bias": shape(5)},
+    "head": {"dense": {"kernel": shape(32, 5), "bias": shape(5)}},
 }
 EXPECTED = {
     "encoder/patch_embedding/kernel": P(None, "fsdp"),
@@ -49,7 +49,7 @@ EXPECTED = {
     "encoder/blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
     # Three heads are not split over two devices.
     "encoder/pool/key/kernel": P("fsdp", None, None),
-    "head/kernel": P("fsdp", None),
+    "head/dense/kernel": P("fsdp", None),
 }
 
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import signal
 import subprocess
@@ -45,8 +46,9 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
+    # Leaves the window of the trace open at the end, and begins after its start.
     config = tiny.config(evals=EVALS, train__report_every=1)
-    assert train.train(config, workdir, profile=(3, 4)) == 0
+    assert train.train(config, workdir, profile=(5, 9)) == 0
     return workdir
 
 
@@ -84,27 +86,76 @@ def test_a_stopped_run_goes_on_to_the_same_parameters_to_the_bit(
     assert losses(tmp_path) == losses(unbroken)
 
 
-def test_another_number_of_devices_goes_on_with_the_same_batches(
-    unbroken, tmp_path, monkeypatch
+def use_devices(monkeypatch, number):
+    """Lets a run see the first devices only."""
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:number])
+    # What a config may say of a mesh is read from the signature.
+    named = lambda replica=1, fsdp=-1, tensor=1: make(replica, fsdp, tensor)  # noqa: E731
+    monkeypatch.setattr(sharding, "make_mesh", named)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_8_then_4_then_1_devices_go_on_with_the_same_batches(
+    unbroken, tmp_path, monkeypatch, dtype
 ):
-    config = tiny.config(train__report_every=1)
+    for number, passes, code in ((8, 1, 42), (4, 2, 42), (1, 4, 0)):
+        config = tiny.config(
+            model__dtype=dtype, train__report_every=1, train__accumulate=passes
+        )
+        with monkeypatch.context() as patch:
+            use_devices(patch, number)
+            if code:
+                stop_after(patch, 0)
+            assert train.train(config, tmp_path) == code
+    told, wanted = (
+        [r for r in reporting.read_metrics(epath.Path(w)) if "position" in r]
+        for w in (tmp_path, unbroken)
+    )
+    assert [r["step"] for r in told] == list(range(1, 7))
+    same = ("position", "data/images_seen", "data/tokens_seen", "pack/images_per_row")
+    for mine, theirs in zip(told, wanted, strict=True):
+        assert {k: mine[k] for k in same} == {k: theirs[k] for k in same}
+        if dtype == "float32":
+            assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+
+
+def test_a_stopped_run_reports_what_an_unbroken_one_does(tmp_path, monkeypatch):
+    config = tiny.config(train__report_every=4)
+    config["train"]["save_every"] = 1  # saved at each step, and stopped all the same
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
-        assert train.train(config, tmp_path) == 42
-    # Half of the rows in each of two passes, as half of the devices would take them.
-    fewer = tiny.config(train__report_every=1, mesh={"fsdp": 2, "tensor": 4})
-    assert train.train(fewer, tmp_path) == 0
-    positions = [
+        assert train.train(config, tmp_path / "a") == 42
+    assert params(tmp_path / "a")[0] < 4
+    assert train.train(config, tmp_path / "a") == 0
+    assert train.train(config, tmp_path / "b") == 0
+    told, wanted = (
         [
-            r["position"]
-            for r in reporting.read_metrics(epath.Path(w))
-            if "position" in r
+            {k: v for k, v in r.items() if not k.startswith("throughput/")}
+            for r in reporting.read_metrics(epath.Path(tmp_path / name))
         ]
-        for w in (tmp_path, unbroken)
-    ]
-    assert positions[0] == positions[1]
-    got, wanted = losses(tmp_path), losses(unbroken)
-    np.testing.assert_allclose(list(got.values()), list(wanted.values()), rtol=1e-4)
+        for name in "ab"
+    )
+    assert told == wanted
+    assert [r["step"] for r in told] == [1, 4, 6]
+
+
+def test_a_task_with_a_target_for_each_token_trains_and_is_judged(tmp_path):
+    source = {"name": "clipart", "split": "validation", "labels": "none"}
+    training = {"name": "clipart", "split": "train", "labels": "none"}
+    evals = {"v": {"sources": {"c": source}, "sides": (32,)}}
+    config = tiny.config(
+        task={"name": "masked_patches"},
+        data__sources={"c": training},
+        evals=evals,
+        steps=12,
+        optim__lr=0.01,
+    )
+    assert train.train(config, tmp_path) == 0
+    told = losses(tmp_path)
+    assert told[12] < told[1]
+    last = reporting.read_metrics(epath.Path(tmp_path))[-1]
+    assert last["eval/v_32/images"] == 332
+    assert 0 < last["eval/v_32/loss"] < told[1]
 
 
 def test_evaluation_of_the_folder_gives_what_the_run_said(unbroken):

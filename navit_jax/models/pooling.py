@@ -22,6 +22,13 @@ def image_masks(segment_ids: Int[Array, "B L"], num_slots: int) -> Bool[Array, "
     return segment_ids[:, None, :] == jnp.arange(1, num_slots + 1)[None, :, None]
 
 
+def tokens_of_slots(
+    segment_ids: Int[Array, "B L"], num_slots: int
+) -> Int[Array, "B N"]:
+    """The number of tokens of each slot's image."""
+    return image_masks(segment_ids, num_slots).sum(-1)
+
+
 def mean_pool(
     tokens: Float[Array, "B L D"], masks: Bool[Array, "B N L"]
 ) -> Float[Array, "B N D"]:

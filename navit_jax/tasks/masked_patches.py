@@ -22,17 +22,10 @@ from navit_jax.metrics import Mean, fold
 from navit_jax.metrics import masked as masked_terms
 from navit_jax.models.heads import Linear
 from navit_jax.models.navit import normalise
+from navit_jax.models.pooling import tokens_of_slots
 from navit_jax.tasks.randomness import image_keys
 
 Params = Mapping[str, Any]
-
-
-def tokens_of_slots(
-    segment_ids: Int[Array, "B L"], num_slots: int
-) -> Int[Array, "B N"]:
-    """The number of tokens of each slot's image."""
-    slots = jnp.arange(1, num_slots + 1)
-    return (segment_ids[:, None, :] == slots[:, None]).sum(-1)
 
 
 def num_masked(num_tokens: Int[Array, "*S"], share: float | int) -> Int[Array, "*S"]:
@@ -79,11 +72,11 @@ class Reconstructor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, batch: PackedBatch, masked: Bool[Array, "B L"]
+        self, batch: PackedBatch, masked: Bool[Array, "B L"], keys: Any = None
     ) -> Float[Array, "B L P"]:
         """Pixels in [-1, 1] of every patch, the masked ones never seen."""
         pixels = jnp.where(masked[..., None], 0.0, normalise(batch.patches))
-        out = self.encoder(pixels, batch.coords, batch.segment_ids, batch.grids)
+        out = self.encoder(pixels, batch.coords, batch.segment_ids, batch.grids, keys)
         return Linear(pixels.shape[-1], name="head")(out["tokens"]).astype(jnp.float32)
 
 
@@ -126,7 +119,8 @@ class MaskedPatches:
         weights: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """Sum of the masked patches' errors over the given number of patches."""
-        mean = fold(self._error(params, batch, key))
+        keys = image_keys(jax.random.fold_in(key, 1), batch.image_ids)
+        mean = fold(self._error(params, batch, key, keys))
         return mean.total / jnp.maximum(weights["patches"], 1), {"loss": mean}
 
     def outputs(self, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
@@ -138,13 +132,17 @@ class MaskedPatches:
         """The error [B L] of patches under one fixed choice, for evaluation."""
         return {"loss": self._error(params, batch, jax.random.key(0))}
 
-    def _error(self, params: Params, batch: PackedBatch, key: jax.Array) -> Mean:
+    def _error(
+        self, params: Params, batch: PackedBatch, key: jax.Array, model_keys: Any = None
+    ) -> Mean:
         keys = image_keys(key, batch.image_ids)
         masked = choose_masked(keys, batch.segment_ids, batch.coords, self.share)
-        pixels = self._pixels(params, batch, masked)
+        pixels = self._pixels(params, batch, masked, model_keys)
         errors = jnp.square(pixels - normalise(batch.patches)).mean(-1)
         return masked_terms(errors, masked)
 
-    def _pixels(self, params: Params, batch: PackedBatch, masked: Any) -> jax.Array:
-        pixels: Any = self.model.apply({"params": params}, batch, masked)
+    def _pixels(
+        self, params: Params, batch: PackedBatch, masked: Any, keys: Any = None
+    ) -> jax.Array:
+        pixels: Any = self.model.apply({"params": params}, batch, masked, keys)
         return pixels
