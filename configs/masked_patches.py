@@ -3,6 +3,8 @@
 Source: a use of packed rows the paper names (section 2.2, per-token losses), in the
 form of masked autoencoders (He et al. 2022), masked patches staying in the row.
 Command: python -m navit_jax.train --config=configs/masked_patches.py --workdir=RUN
+Cost: about as configs/smoke.py. Expect the loss, a mean squared error of pixels in
+[-1, 1], to fall; it is an example of a task by token, not a result.
 """
 
 import ml_collections

@@ -46,13 +46,8 @@ def test_flops_are_those_of_the_matrix_products_of_the_model(pooling):
     np.testing.assert_allclose(counted, expected, rtol=0.005)
 
 
-def test_useful_flops_leave_out_padding_and_pairs_of_different_images():
-    lengths = [16, 8, 24, 0]
-    useful = flops.train_flops(lengths, SPEC, P)
-    by_image = sum(flops.forward_flops(n, n * n, 1, SPEC, P) for n in (16, 8, 24))
-    np.testing.assert_allclose(useful, 3 * by_image)
-    padded = flops.padded_train_flops(2, L, 4, SPEC, P)
-    np.testing.assert_allclose(
-        padded, 3 * flops.forward_flops(2 * L, 2 * L * L, 8, SPEC, P)
-    )
-    assert useful < padded / 2
+def test_images_packed_together_cost_what_they_cost_alone():
+    lengths = np.array([16, 8, 24])
+    packed = flops.forward_flops(48.0, float((lengths**2).sum()), 3, SPEC, P)
+    alone = sum(flops.forward_flops(n, n * n, 1, SPEC, P) for n in (16, 8, 24))
+    np.testing.assert_allclose(packed, alone)

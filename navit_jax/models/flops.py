@@ -2,16 +2,12 @@
 
 Two FLOPs a multiply-add. Norms, softmax, GELU, positions and heads are not counted.
 
-Shapes: B rows, L tokens a row, N image slots a row, P values a patch, D width.
+Shapes: P values a patch, D width.
 """
-
-from collections.abc import Iterable
-
-import numpy as np
 
 from navit_jax.models.sizes import Spec
 
-# A backward pass is two products for each one of the forward pass.
+# Times the forward pass: the backward pass is two products for each of its one.
 TRAINING = 3
 
 
@@ -44,41 +40,3 @@ def forward_flops(
     else:
         pool = 2 * tokens * D if pooling == "mean" else 0
     return float(embed + depth * (linear + attention) + pool)
-
-
-def train_flops(
-    lengths: Iterable[int] | np.ndarray,
-    spec: Spec,
-    patch_values: int,
-    pooling: str = "map",
-) -> float:
-    """Useful FLOPs of a training step: those of the images' own tokens.
-
-    Args:
-      lengths: Kept tokens of each image; zeros do not count.
-    """
-    n = np.asarray(list(lengths), np.float64).ravel()
-    images = float(np.count_nonzero(n))
-    forward = forward_flops(n.sum(), (n * n).sum(), images, spec, patch_values, pooling)
-    return TRAINING * forward
-
-
-def padded_train_flops(
-    rows: int,
-    tokens: int,
-    slots: int,
-    spec: Spec,
-    patch_values: int,
-    pooling: str = "map",
-) -> float:
-    """FLOPs of a training step as computed with dense attention, padding and all.
-
-    Args:
-      rows: B.
-      tokens: L.
-      slots: N.
-    """
-    forward = forward_flops(
-        rows * tokens, rows * tokens**2, rows * slots, spec, patch_values, pooling
-    )
-    return TRAINING * forward
