@@ -4,9 +4,10 @@ Prints padding, images a row, slot use and attention work of the packing plan, w
 reading a pixel, and draws a picture of packed rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import flags
 from etils import epath
 
@@ -16,20 +17,20 @@ from navit_jax.data import Stream
 from navit_jax.errors import ConfigError
 
 
-def packing_report(config: Mapping[str, Any], windows: int = 1) -> str:
+def packing_report(stream: Stream, steps: int, windows: int = 1) -> str:
     """A table of what the first windows of the training stream are like.
 
     Args:
+      steps: Of the run.
       windows: How many are planned for it.
     """
-    stream = experiment.build_stream(config)
     plan = stream.plan
-    first = plan.report(windows)
-    images = round(first["images_per_row"] * plan.rows * config["steps"])
-    report = plan.report(windows, images=images)
+    report = plan.report(windows)
+    images = round(report["images_per_row"] * plan.rows * steps)
     shares = zip(stream.loader.names, report["source_shares"], strict=True)
     epoch = sum(len(table) for table in plan.tables)
-    rates = [f"{rate:.2f}" for rate in report["drop_rate"]]
+    ends = plan.token_drop.average(np.array([0, images]))
+    rates = [f"{rate:.2f}" for rate in ends]
     lines = [
         ("batch", f"{plan.rows} rows x {plan.tokens} tokens x {plan.slots} slots"),
         ("planned here", f"{report['rows']:,} rows, {report['images']:,} images"),
@@ -42,7 +43,7 @@ def packing_report(config: Mapping[str, Any], windows: int = 1) -> str:
         ("images that had to shrink", f"{report['shrunk']:,}"),
         ("token dropping, first to last", " to ".join(rates)),
         ("sources", ", ".join(f"{name} {share:.1%}" for name, share in shares)),
-        ("images of the run", f"{images:,} in {config['steps']:,} steps, "
+        ("images of the run", f"{images:,} in {steps:,} steps, "
          f"{images / epoch:.1f} times the {epoch:,} there are"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines)
@@ -82,8 +83,8 @@ def define_main() -> Callable[[], int]:
             raise ConfigError("say what to plan: --packing")
         resolved = config_lib.resolve(config.value)
         experiment.check_sections(resolved)
-        print(packing_report(resolved, windows.value))
         stream = experiment.build_stream(resolved)
+        print(packing_report(stream, resolved["steps"], windows.value))
         draw = draw_images if images.value else draw_rows
         draw(stream, epath.Path(picture.value))
         print(f"picture: {picture.value}")

@@ -102,7 +102,7 @@ def test_the_packing_report_counts_what_a_loop_over_the_rows_counts():
     stream = experiment.build_stream(config)
     window = stream.plan.plan_window(0, 0)
     kept = [int(n) for r in range(len(window)) for n in window.row(r).kept]
-    text = plan.packing_report(config)
+    text = plan.packing_report(stream, config["steps"])
     padding = 1 - sum(kept) / (len(window) * 32)
     assert f"{padding:.2%} of the tokens" in text
     assert f"{len(kept) / len(window):.2f}" in text
