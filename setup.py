@@ -35,11 +35,13 @@ REQUIRE = [
     "tqdm>=4.66",
 ]
 
+# JPEGs are decoded and resized by these where they are installed (docs/data.md).
+FAST = ["simplejpeg>=1.9", "opencv-python-headless>=4.10"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
-    # Faster codecs; nothing uses them yet.
-    "fast": ["simplejpeg>=1.8", "opencv-python-headless>=4.10"],
+    "fast": FAST,
     # Other people's checkpoints; nothing uses them yet.
     "weights": ["safetensors>=0.5", "onnx>=1.17"],
     "test": [
@@ -50,6 +52,7 @@ EXTRAS = {
         "psutil>=6",
         "ruff>=0.9",
         "basedpyright>=1.28",
+        *FAST,
     ],
 }
 

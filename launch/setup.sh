@@ -29,11 +29,18 @@ fi
 "$python" -c 'import venv, ensurepip' 2>/dev/null || command -v uv >/dev/null \
   || stop "$python has no venv module: install it (Debian: apt-get install python3-venv) or uv"
 
-echo "setup: installing into $venv with $("$python" --version) (about a minute)"
+# Not an interpreter of the environment itself, which is made anew.
+python=$("$python" -c 'import sys; print(sys._base_executable)')
+version=$("$python" -c 'import sys; print(sys.version.split()[0])')
+old=$(cat "$venv/.installed" 2>/dev/null || true)
+if [ -n "$old" ] && [ "${old##* }" != "$version" ]; then
+  echo "setup: $venv has Python ${old##* } and is replaced; VENV=.venv-$version keeps both"
+fi
+echo "setup: installing into $venv with Python $version (about a minute)"
 rm -rf "$venv"
 offline="the packages could not be fetched: is there a network and a package index?"
 if command -v uv >/dev/null; then
-  uv venv --quiet --python "$("$python" -c 'import sys; print(sys.executable)')" "$venv"
+  uv venv --quiet --python "$python" "$venv"
   uv pip install --quiet --python "$venv" --require-hashes -r requirements.txt || stop "$offline"
   uv pip install --quiet --python "$venv" --no-deps -e . || stop "$offline"
 else
@@ -41,6 +48,4 @@ else
   "$venv/bin/pip" install --quiet --require-hashes -r requirements.txt || stop "$offline"
   "$venv/bin/pip" install --quiet --no-deps -e . || stop "$offline"
 fi
-files=${stamp%% *}
-printf '%s %s' "$files" "$("$python" -c 'import sys; print(sys.version.split()[0])')" \
-  > "$venv/.installed"
+printf '%s %s' "${stamp%% *}" "$version" > "$venv/.installed"

@@ -53,7 +53,7 @@ def _read(
 ) -> tuple[Bool[np.ndarray, "M C"], Float64[np.ndarray, " M"]]:
     """Labels, and the logarithm of height over width, of a stream's first source."""
     source, sizes = stream.loader.sources[0], np.asarray(stream.plan.tables[0], float)
-    labels = np.zeros((len(source), source.num_classes), bool)
+    labels = np.zeros((len(source), len(source.class_names)), bool)
     for i in range(len(source)):
         labels[i, list(source[i].labels)] = True
     usable = labels.any(1) & (sizes.min(1) > 0)

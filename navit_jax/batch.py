@@ -62,7 +62,7 @@ class BatchInfo:
         of each plan shard; None where `position` is.
       keys: For each local row, the names of its images, in slot order.
       skipped: (name, reason) of each image of this host's rows that could not be used.
-      shrunk: Images of this host's rows planned below their drawn size, because they
+      shrunk: Names of this host's images planned below their drawn size, because they
         exceed a row or the position table.
       notes: Counts of what was odd but used, by reason, e.g. `animated`.
     """
@@ -71,5 +71,5 @@ class BatchInfo:
     images_seen: list[int | None]
     keys: list[list[str]]
     skipped: list[tuple[str, str]]
-    shrunk: int
+    shrunk: list[str]
     notes: dict[str, int]

@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -185,7 +187,12 @@ def test_a_rebuild_gives_the_committed_files():
             f"no openclipart packages in {PACKAGES}; "
             "`python -m navit_jax.data.builders.clipart` fetches them"
         )
-    clipart.check(packages, sources.CLIPART)
+    # As a program: TFDS writes the name of the module that is run into the set.
+    module = "navit_jax.data.builders.clipart"
+    command = [sys.executable, "-m", module, "--check", f"--packages={PACKAGES}"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "equal: 10 files" in found.stdout
 
 
 def make_tree(root):
@@ -219,6 +226,15 @@ def test_a_picture_is_composited_on_white(tmp_path):
     image.save(tmp_path / "a.png")
     picture = openclipart.read_picture(tmp_path / "a.png")
     assert np.asarray(picture).tolist() == [[[0] * 3, [204] * 3]]
+
+
+def test_a_large_picture_is_read_whatever_limit_pillow_has(tmp_path, monkeypatch):
+    image = Image.new("RGBA", (40, 40))
+    image.paste("red", (5, 5, 35, 35))
+    image.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert openclipart.read_picture(tmp_path / "a.png").size == (30, 30)
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_a_picture_too_large_or_invisible_is_left_out_without_decoding(tmp_path):

@@ -100,3 +100,11 @@ def test_keys_are_these_for_ever():
     state = mix(4 * golden + int.from_bytes(digest, "big") & mask)
     expected = [mix(state + i * golden & mask) for i in range(5)]
     assert draws.key(11, 4, np.arange(5), "side").tolist() == expected
+
+
+def test_one_number_is_mixed_as_it_is_in_an_array():
+    numbers = np.random.default_rng(0).integers(0, 2**64, 100, np.uint64)
+    numbers[:3] = 0, 1, 2**64 - 1
+    expected = draws.mix(numbers)
+    assert [draws.mix_one(int(x)) for x in numbers] == expected.tolist()
+    assert draws.mix_one(int(numbers[5]) + 2**64) == expected[5]

@@ -15,10 +15,19 @@ import psutil
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from navit_jax.data import containers, images
+from navit_jax.data import codec, containers, images, modes
 from navit_jax.data.images import BadImage
 
 ORIENTATION = 274
+
+
+@pytest.fixture(params=["pillow", "fast"])
+def codecs(request, monkeypatch):
+    monkeypatch.setattr(codec, "choose", lambda _: request.param == "fast")
+
+
+# Where a JPEG or an array may be read by another codec than Pillow.
+BOTH = pytest.mark.usefixtures("codecs")
 
 
 def photo(h, w, seed=0):
@@ -38,6 +47,19 @@ def save(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def npy(array, version=None):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version)
+    return file.getvalue()
+
+
+def longer_header(data, text):
+    """An array file with text behind what its header should be."""
+    stop = 10 + int.from_bytes(data[8:10], "little")
+    length = (stop - 10 + len(text)).to_bytes(2, "little")
+    return data[:8] + length + data[10:stop] + text + data[stop:]
 
 
 def read_whole(data):
@@ -109,18 +131,22 @@ LOSSLESS = {
     "tiff_lzw": save(PHOTO, "TIFF", compression="tiff_lzw"),
     "tiff_deflate": save(PHOTO, "TIFF", compression="tiff_adobe_deflate"),
     "bigtiff": save(PHOTO, "TIFF", big_tiff=True),
+    "npy": npy(PHOTO),
+    "npy_2": npy(PHOTO, version=(2, 0)),
 }
 
 
+@BOTH
 @pytest.mark.parametrize("data", LOSSLESS.values(), ids=LOSSLESS)
 def test_lossless_files_come_back_to_the_bit_with_upright_size(data):
     assert images.read_size(data) == (37, 61)
     pixels, notes = read_whole(data)
     np.testing.assert_array_equal(pixels, PHOTO)
-    assert pixels.flags.writeable
+    assert pixels.flags.writeable != data.startswith(b"\x93NUMPY")
     assert notes == ()
 
 
+@BOTH
 @pytest.mark.parametrize(
     "data",
     [
@@ -206,6 +232,7 @@ MODES = {
 }  # fmt: skip
 
 
+@BOTH
 @pytest.mark.parametrize(("data", "expected"), MODES.values(), ids=MODES)
 def test_every_mode_becomes_rgb_with_transparency_on_white(data, expected):
     pixels, notes = read_whole(data)
@@ -243,6 +270,7 @@ def cmyk_jpeg(inks, how):
     return data[: mark + 15] + bytes([2 * (how == "ycck")]) + data[mark + 16 :]
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["adobe", "ycck", "plain"])
 @pytest.mark.parametrize("inks", COLOURS, ids=str)
 def test_cmyk_jpegs_are_converted_and_not_inverted(inks, how):
@@ -274,6 +302,14 @@ def test_16_bit_values_are_scaled_by_their_type_and_not_clipped(data):
     pixels, notes = read_whole(data)
     np.testing.assert_array_equal(pixels, as_rgb(RAMP // 257))
     assert notes == ()
+
+
+@pytest.mark.parametrize("values", [RAMP, RAMP.astype(np.float32)], ids=["16", "float"])
+def test_a_tiff_that_counts_from_white_is_no_negative(values):
+    data = save(values, "TIFF", tiffinfo={262: 0})
+    assert Image.open(io.BytesIO(data)).tag_v2[262] == 0
+    expected = 255 - RAMP // 257
+    np.testing.assert_array_equal(read_whole(data)[0], as_rgb(expected))
 
 
 def test_12_bit_values_are_scaled_by_their_type():
@@ -382,6 +418,7 @@ def test_the_8_orientations_give_the_same_picture_to_the_bit(orientation, kind):
     np.testing.assert_array_equal(read_whole(data)[0], upright)
 
 
+@BOTH
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_the_8_orientations_of_a_jpeg_decoded_at_a_lower_scale_agree(
@@ -461,7 +498,7 @@ def test_a_jpeg_is_decoded_near_the_target_but_never_below_it(
     stored = np.ascontiguousarray(STORED[orientation](upright))
     data = save(stored, "JPEG", quality=95, exif=exif(orientation))
     monkeypatch.setattr(Image.Image, "resize", spy)
-    pixels, _ = images.read(data, (500, 375), target, box=box)
+    pixels, _ = images.read(data, (500, 375), target, box=box, codec="pillow")
     ((decoded, (left, top, right, bottom)),) = seen
     height, width = (box[2] - box[0]) * 500, (box[3] - box[1]) * 375
     scale = max(target[0] / height, target[1] / width)
@@ -476,6 +513,7 @@ def test_a_jpeg_is_decoded_near_the_target_but_never_below_it(
     assert np.abs(pixels - np.asarray(expected, float)).mean() < 1.2
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("size", "target"),
     [
@@ -563,6 +601,14 @@ def webp_header(h, w):
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def npy_header(h, w):
+    array = np.lib.stride_tricks.as_strided(PHOTO, (h, w, 3), (0, 0, 1))
+    file = io.BytesIO()
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, {**header, "fortran_order": False})
+    return file.getvalue() + b"some pixels"
+
+
 def tiff_header(h, w):
     return grey_tiff(h, w, 8, b"\0" * 100)
 
@@ -574,6 +620,7 @@ HEADERS = {
     "bmp": bmp_header,
     "webp": webp_header,
     "tiff": tiff_header,
+    "npy": npy_header,
 }
 
 
@@ -598,7 +645,7 @@ def test_bombs_are_refused_from_the_header_with_flat_memory(header, size):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < 8e6
 
 
-@pytest.mark.parametrize("kind", ["png", "bmp", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "npy"])
 @pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)], ids=str)
 def test_a_side_beyond_the_table_of_sizes_is_refused(kind, size):
     with pytest.raises(BadImage, match="too_large"):
@@ -617,7 +664,7 @@ def test_a_large_photograph_is_not_refused(kind):
     assert images.read_size(HEADERS[kind](9_000, 12_000)) == (9_000, 12_000)
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "npy"])
 @pytest.mark.parametrize("size", [(0, 0), (0, 61), (37, 0)], ids=str)
 def test_a_picture_without_pixels_is_refused(kind, size):
     with pytest.raises(BadImage) as caught:
@@ -639,6 +686,20 @@ def test_a_picture_without_pixels_is_refused(kind, size):
         (LOSSLESS["bmp"][:20], "truncated"),
         (LOSSLESS["webp"][:20], "truncated"),
         (LOSSLESS["tiff"][:20], "truncated"),
+        (LOSSLESS["npy"][:7], "undecodable"),
+        (LOSSLESS["npy"][:20], "truncated"),
+        (LOSSLESS["npy"][:-1], "truncated"),
+        (npy(PHOTO.astype(np.int8)), "undecodable"),
+        (npy(PHOTO.astype(np.float32)), "undecodable"),
+        (npy(PHOTO[..., 0]), "undecodable"),
+        (npy(PHOTO[..., :2]), "undecodable"),
+        (npy(PHOTO[None]), "undecodable"),
+        (npy(np.asfortranarray(PHOTO)), "undecodable"),
+        (npy(PHOTO, version=(3, 0)), "undecodable"),
+        (npy(np.array([PHOTO, None], dtype=object)), "undecodable"),
+        (npy(PHOTO).replace(b"(37, 61", b"(-3, 61"), "undecodable"),
+        (longer_header(npy(PHOTO), b"and more"), "undecodable"),
+        (npy(PHOTO).replace(b"(37, 61", b"(9**9, 1"), "undecodable"),
         (b"BMW is a car, and this a text about it" * 9, "too_large"),
         (JPEG.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "undecodable"),
         (
@@ -666,6 +727,7 @@ CUT = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("share", [0.5, 0.9])
 @pytest.mark.parametrize("name", CUT)
 def test_a_cut_file_is_truncated(name, share):
@@ -698,14 +760,15 @@ def test_a_bug_of_ours_and_a_lack_of_memory_are_not_blamed_on_the_picture(monkey
 
         return raise_it
 
-    for name in ("_flatten", "_upright", "read_header"):
+    places = (modes, "flatten"), (images, "_upright"), (images, "read_header")
+    for place in places:
         with monkeypatch.context() as patch:
-            patch.setattr(images, name, fail(TypeError("ours")))
+            patch.setattr(*place, fail(TypeError("ours")))
             with pytest.raises(TypeError, match="ours"):
-                images.read(JPEG, (37, 61), (16, 16))
+                images.read(LOSSLESS["png"], (37, 61), (16, 16))
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail(MemoryError()))
     with pytest.raises(MemoryError):
-        images.read(JPEG, (37, 61), (16, 16))
+        images.read(LOSSLESS["png"], (37, 61), (16, 16))
 
 
 def test_the_error_survives_the_way_between_processes():
@@ -729,6 +792,7 @@ BAD_EXIF = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("block", BAD_EXIF.values(), ids=BAD_EXIF)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_broken_exif_is_ignored_with_a_note_and_the_size_is_as_stored(block, kind):
@@ -761,6 +825,7 @@ BROKEN = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
 def test_broken_metadata_is_ignored_with_a_note(data):
     assert images.read_size(data) == (37, 61)
@@ -787,6 +852,7 @@ HARMLESS = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("data", HARMLESS.values(), ids=HARMLESS)
 def test_metadata_that_pixels_do_not_need_is_not_looked_at(data):
     assert images.read_size(data) == (37, 61)
@@ -826,6 +892,7 @@ def test_overlapping_values_do_not_make_a_small_tiff_large():
 # --- many at once -------------------------------------------------------------------
 
 
+@BOTH
 def test_threads_do_not_disturb_each_other_and_leave_pillow_as_it_was():
     state = (
         Image.MAX_IMAGE_PIXELS,
@@ -875,6 +942,7 @@ FUZZED = {
     ),
     "tiff": save(SMALL, "TIFF", tiffinfo={ORIENTATION: 6, 270: "a description"}),
     "tiff_lzw": save(SMALL, "TIFF", compression="tiff_lzw"),
+    "npy": npy(SMALL),
     "tiff_jpeg": save(SMALL, "TIFF", compression="jpeg"),
     "tiff_float": save(SMALL[..., 0].astype(np.float32), "TIFF"),
     "bigtiff": save(SMALL, "TIFF", big_tiff=True),

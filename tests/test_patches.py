@@ -37,6 +37,15 @@ def test_patches_come_row_by_row_with_channels_last(grid, patch):
     np.testing.assert_array_equal(content, [values for _, values in expected])
 
 
+def test_chosen_patches_are_those_of_all():
+    image = RNG.integers(0, 256, (12, 20, 3), np.uint8)
+    content, coords = patches.patchify(image[:, ::-1], 4)
+    chosen = np.array([0, 3, 4, 11, 14])
+    some, places = patches.patchify(image[:, ::-1], 4, chosen)
+    np.testing.assert_array_equal(some, content[chosen])
+    np.testing.assert_array_equal(places, coords[chosen])
+
+
 def test_unpatchify_undoes_patchify_and_fills_what_was_dropped():
     image = RNG.integers(0, 256, (12, 20, 3), np.uint8)
     content, coords = patches.patchify(image, 4)

@@ -84,6 +84,26 @@ def test_native_is_the_side_of_the_square_of_equal_area_under_its_cap():
     np.testing.assert_allclose(capped, [110, 100, 0, 110])
 
 
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    tokens=st.integers(1, 300),
+    patch=st.sampled_from([14, 16]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_budget_gives_the_largest_grid_of_the_aspect(height, width, tokens, patch):
+    sizes = np.array([[height, width]])
+    side = law(name="budget", tokens=tokens, patch=patch)(np.zeros(1), sizes)
+    grid = resolution.grids(sizes, side, patch)[0]
+    # Every grid of the aspect, as the scale at which either side gains a patch.
+    steps = [n / size for size in (height, width) for n in range(1, tokens + 2)]
+    shapes = [
+        tuple(max(int(size * step * (1 + 1e-9)), 1) for size in (height, width))
+        for step in [0, *steps]
+    ]
+    assert grid.prod() == max(a * b for a, b in shapes if a * b <= tokens)
+
+
 @pytest.mark.parametrize(
     "section, message",
     [
@@ -98,6 +118,7 @@ def test_native_is_the_side_of_the_square_of_equal_area_under_its_cap():
             "did you mean 'side'",
         ),
         ({"name": "truncated_normal", "low": 1, "high": 8, "sigma": 0}, "sigma=0"),
+        ({"name": "budget", "tokens": 0, "patch": 16}, "resolution.tokens=0"),
         ({"name": "unifrom", "low": 1, "high": 8}, "did you mean 'uniform'"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds_lib
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from tensorflow_datasets.core import constants
 
 from navit_jax import config
 from navit_jax.data import sizes, sources
@@ -111,6 +113,13 @@ def test_a_tfds_set_knows_its_classes_keys_and_slices(prepared):
     assert sources.tfds("tiny", "train", str(prepared), label=None).class_names == ()
 
 
+def test_a_tfds_set_is_looked_for_where_tfds_prepares_sets(prepared, monkeypatch):
+    monkeypatch.setattr(constants, "DATA_DIR", str(prepared))
+    assert len(sources.tfds("tiny", "train")) == 5
+    monkeypatch.setenv("HOME", str(prepared.parent))
+    assert len(sources.tfds("tiny", "train", f"~/{prepared.name}")) == 5
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -119,8 +128,8 @@ def test_a_tfds_set_knows_its_classes_keys_and_slices(prepared):
             "`tfds build huge --file_format=array_record --data_dir=",
         ),
         ({"split": "test"}, r"split='test'.*it has \['train'\]"),
-        ({"split": "train[:0]"}, r"split='train\[:0\]' of tiny is empty"),
-        ({"image": "img"}, r"image='img': tiny has only \['image'"),
+        ({"split": "train[:0]"}, r"split='train\[:0\]' of .*tiny/1.0.0 is empty"),
+        ({"image": "img"}, r"image='img': tiny/train has only \['image'"),
         ({"label": "number"}, "label='number' .* is no ClassLabel"),
         ({"caption": "objects/text"}, "caption='objects/text'"),
     ],
@@ -139,6 +148,17 @@ def test_a_set_prepared_as_tfrecord_is_refused_with_the_commands(prepared, tmp_p
         (folder / name).write_text(text.replace("array_record", "tfrecord"))
     with pytest.raises(ConfigError, match=r"as tfrecord.*`tfds build.*`tfds convert_f"):
         sources.tfds("tiny", "train", str(tmp_path))
+
+
+def test_a_set_converted_from_tfrecord_is_read(prepared, tmp_path):
+    shutil.copytree(prepared / "tiny", tmp_path / "tiny")
+    path = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
+    text = path.read_text()
+    added = '"alternativeFileFormats": ["array_record"], "fileFormat": "tfrecord"'
+    path.write_text(text.replace('"fileFormat": "array_record"', added))
+    assert path.read_text() != text
+    whole = sources.tfds("tiny", "train", str(prepared))
+    assert read(sources.tfds("tiny", "train", str(tmp_path))) == read(whole)
 
 
 def test_a_tfds_set_whose_files_are_gone_is_refused(prepared, tmp_path):
@@ -301,6 +321,52 @@ def test_a_folder_that_gives_no_clear_answer_is_refused(tmp_path):
         sources.folder("/none")
     with pytest.raises(ConfigError, match=r"holds no picture.*1 other files"):
         sources.folder(str(make_folder(tmp_path / "texts", ["a/1.txt"])))
+
+
+def test_a_folder_is_split_by_its_file_names_alone(tmp_path):
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(400)]
+    root = make_folder(tmp_path / "set", names)
+    train, validation = (
+        sources.folder(str(root), split=split) for split in ("train", "validation")
+    )
+    whole = sources.folder(str(root))
+    assert sorted(train.files + validation.files) == list(whole.files)
+    assert 20 < len(validation) < 60
+    assert train.class_names == validation.class_names == ("a", "b")
+    assert {f[0] for f in validation.files} == {"a", "b"}
+    # What is added or removed moves no other picture.
+    make_folder(root, [f"b/new{i}.png" for i in range(40)])
+    (root / "a" / "0.png").unlink()
+    again = sources.folder(str(root), split="validation").files
+    assert {f for f in again if "new" not in f} == {*validation.files} - {"a/0.png"}
+    # Each part keeps a size table of its own.
+    for part in (train, validation):
+        sizes.size_table(sources.folder(str(root), split=part.name.split(":")[1]))
+    assert len(list(root.glob("sizes-*.npy"))) == 2
+
+
+@pytest.mark.parametrize("held_out", ["validation", "val"])
+def test_a_folder_whose_sub_folders_are_splits_is_split_by_them(tmp_path, held_out):
+    names = ["train/a/1.png", "train/b/2.png", f"{held_out}/a/3.png", "test/b/4.png"]
+    root = str(make_folder(tmp_path / "set", names))
+    assert sources.folder(root, split="train").files == ("a/1.png", "b/2.png")
+    assert sources.folder(root, split="train").class_names == ("a", "b")
+    assert sources.folder(root, split="validation").files == ("a/3.png",)
+    assert sources.folder(root, split="test").files == ("b/4.png",)
+    # A class may be called train.
+    assert len(sources.folder(os.path.join(root, "train"), split="train")) == 2
+    shutil.rmtree(tmp_path / "set" / held_out)
+    part = sources.folder(root, split="train")
+    assert part.class_names == ("test", "train")
+
+
+def test_a_split_of_a_folder_that_can_not_be_is_refused(tmp_path):
+    root = str(make_folder(tmp_path / "set", ["a/1.png", "b/2.png"]))
+    for split in ("val", "test"):
+        with pytest.raises(ConfigError, match=f"split='{split}' of .*known are all"):
+            sources.folder(root, split=split)
+    with pytest.raises(ConfigError, match=r"split='validation' of .*too few"):
+        sources.folder(root, split="validation")
 
 
 def test_a_file_name_that_is_no_utf8_gives_a_key_that_json_can_hold(tmp_path):

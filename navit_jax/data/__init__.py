@@ -14,15 +14,17 @@ from jaxtyping import Integer
 
 from navit_jax import config as config_lib
 from navit_jax.batch import BatchInfo, PackedBatch
+from navit_jax.data import codec as codecs
 from navit_jax.data import crop as crops
 from navit_jax.data import resolution as resolutions
 from navit_jax.data import token_drop as drops
 from navit_jax.data.load import Loader
 from navit_jax.data.plan import Plan
-from navit_jax.data.records import StoredSource
+from navit_jax.data.records import Source, StoredSource
 from navit_jax.data.rows import Batches
 from navit_jax.data.sizes import size_table
 from navit_jax.data.sources import SOURCES
+from navit_jax.data.workers import follow_parent
 from navit_jax.errors import ConfigError
 
 
@@ -81,7 +83,8 @@ class Stream:
         )
         if self.workers:
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.workers)
+                grain.MultiprocessingOptions(num_workers=self.workers),
+                worker_init_fn=follow_parent,
             )
         for loaded in dataset:
             yield loaded["batch"], loaded["info"]
@@ -138,7 +141,7 @@ def open_sources(
     return sources, weights
 
 
-def check_classes(source: StoredSource, class_names: Sequence[str]) -> None:
+def check_classes(source: Source, class_names: Sequence[str]) -> None:
     """Raises ConfigError if a source has other classes than those, by number.
 
     Classes without names are known by their number alone.
@@ -174,6 +177,7 @@ def open_stream(
     plan_shards: int = 1,
     packer: str = "auto",
     num_labels: int = 1,
+    codec: str = "auto",
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 4,
@@ -192,10 +196,12 @@ def open_stream(
       max_side: Longest side the position table has, in patches.
       training: Whether to shuffle, drop and augment, without end.
       num_labels: The most labels an image may have.
+      codec: What decodes and resizes; see `codec.choose`. Pixels depend on it.
       threads, workers, prefetch: As in `Stream`.
 
     The others are those of `plan.Plan`.
     """
+    codecs.choose(codec)
     opened, weights = open_sources(sources)
     build = config_lib.build
     plan = Plan(
@@ -220,5 +226,7 @@ def open_stream(
         max_side=max_side,
         training=training,
     )
-    loader = Loader(tuple(opened), tuple(sources), patch, tokens, slots, num_labels)
+    loader = Loader(
+        tuple(opened), tuple(sources), patch, tokens, slots, num_labels, codec
+    )
     return Stream(plan, loader, threads, workers, prefetch)

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from navit_jax.data import tiff
+from navit_jax.data import npy, tiff
 from navit_jax.data.bad_image import BadImage
 
 # Where Pillow itself refuses: half a GiB of RGB.
@@ -27,8 +27,8 @@ class Picture(NamedTuple):
     """A picture file whose header was read.
 
     Attributes:
-      format: JPEG, PNG, WEBP, GIF, BMP or TIFF.
-      data: The file without what its pixels do not need.
+      format: JPEG, PNG, WEBP, GIF, BMP, TIFF or NPY.
+      data: The file without what its pixels do not need; of NPY the pixels alone.
       height, width: As stored, before it is turned.
       orientation: 1 to 8, as EXIF counts.
       notes: `animated` has more frames; `pages` has more pages; `metadata` was broken.
@@ -36,7 +36,7 @@ class Picture(NamedTuple):
     """
 
     format: str
-    data: bytes
+    data: bytes | memoryview
     height: int
     width: int
     orientation: int = 1
@@ -58,7 +58,7 @@ def read_header(data: bytes) -> Picture:
             picture = read(data)
             break
     else:
-        raise BadImage("not_image", "no JPEG, PNG, WebP, GIF, BMP or TIFF")
+        raise BadImage("not_image", "no JPEG, PNG, WebP, GIF, BMP, TIFF or NPY")
     height, width = picture.height, picture.width
     # Pillow warns of TIFF and GIF from half of its limit on.
     limit = MAX_PIXELS // 2 if picture.format in ("TIFF", "GIF") else MAX_PIXELS
@@ -89,10 +89,6 @@ def _orientation(exif: bytes, notes: set[str]) -> int:
     except BadImage:
         notes.add("metadata")
         return 1
-
-
-def _sorted(notes: set[str]) -> tuple[str, ...]:
-    return tuple(sorted(notes))
 
 
 def _is_profile(icc: bytes) -> bool:
@@ -136,7 +132,9 @@ def _jpeg(data: bytes) -> Picture:
         at = stop
     turn = _orientation(exif, notes)
     plain = channels == 4 and not adobe
-    return Picture("JPEG", b"".join(kept), height, width, turn, _sorted(notes), plain)
+    return Picture(
+        "JPEG", b"".join(kept), height, width, turn, tuple(sorted(notes)), plain
+    )
 
 
 def _png(data: bytes) -> Picture:
@@ -166,7 +164,7 @@ def _png(data: bytes) -> Picture:
         # Put behind half a chunk it would be read as the rest of that.
         kept.append(PNG_END)
     turn = _orientation(exif, notes)
-    return Picture("PNG", b"".join(kept), height, width, turn, _sorted(notes))
+    return Picture("PNG", b"".join(kept), height, width, turn, tuple(sorted(notes)))
 
 
 def _key_colour(chunk: bytes, depth: int, colour: int) -> bytes:
@@ -255,7 +253,7 @@ def _webp(data: bytes) -> Picture:
     if frames > 1:
         notes.add("animated")
     turn = _orientation(exif, notes)
-    return Picture("WEBP", data, height, width, turn, _sorted(notes))
+    return Picture("WEBP", data, height, width, turn, tuple(sorted(notes)))
 
 
 def _bmp(data: bytes) -> Picture:
@@ -281,10 +279,17 @@ def _tiff(data: bytes) -> Picture:
     except BadImage:
         turn = 1
         notes.add("metadata")
-    return Picture("TIFF", clean, height[0], width[0], turn, _sorted(notes))
+    return Picture("TIFF", clean, height[0], width[0], turn, tuple(sorted(notes)))
+
+
+def _npy(data: bytes) -> Picture:
+    height, width, start = npy.read_shape(data)
+    pixels = memoryview(data)[start : start + height * width * 3]
+    return Picture("NPY", pixels, height, width)
 
 
 READERS: dict[bytes, Callable[[bytes], Picture]] = {
+    rb"\x93NUMPY": _npy,
     rb"\xff\xd8\xff": _jpeg,
     rb"\x89PNG\r\n\x1a\n": _png,
     rb"GIF8[79]a": _gif,

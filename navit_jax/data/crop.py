@@ -44,21 +44,6 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
-class SameAspect:
-    """A part of the image in its own aspect: a share of the area, uniform."""
-
-    area_low: Number = 0.25
-    area_high: Number = 1.0
-
-    __post_init__ = _check_area
-
-    def __call__(self, draw: Draw, sizes: Sizes) -> Boxes:
-        """The boxes."""
-        area = self.area_low + (self.area_high - self.area_low) * draw("crop/area")
-        return _place(draw, np.repeat(np.sqrt(area)[:, None], 2, axis=1))
-
-
-@dataclasses.dataclass(frozen=True)
 class Inception:
     """The crop of the ViT baseline (Szegedy et al. 2015).
 
@@ -105,4 +90,4 @@ class Inception:
         return low + (high - low) * u
 
 
-LAWS = {"none": Whole, "same_aspect": SameAspect, "inception": Inception}
+LAWS = {"none": Whole, "inception": Inception}

@@ -13,6 +13,7 @@ Epochs = int | Integer[np.ndarray, " M"]
 
 # With fewer, some orders of five or six images are visibly likelier than others.
 ROUNDS = 12
+WORD = 2**64 - 1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -24,6 +25,14 @@ def mix(x: np.ndarray) -> np.ndarray:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
+
+
+def mix_one(x: int) -> np.uint64:
+    """`mix` of one number of 64 bits: an array of one would take ten times as long."""
+    x &= WORD
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
+    return np.uint64(x ^ x >> 31)
 
 
 def key(

@@ -70,19 +70,49 @@ def _size_and_time(folder: str, file: str) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def folder(path: str, labels: bool = True) -> Folder:
-    """Opens a folder of pictures.
+def _parts(root: str) -> dict[str, str]:
+    """The sub-folder of each split; {} unless training and validation have one."""
+    names = {"train": ["train"], "validation": ["val", "validation"], "test": ["test"]}
+    parts = {
+        split: name
+        for split, choices in names.items()
+        for name in choices
+        if os.path.isdir(os.path.join(root, name))
+    }
+    return parts if {"train", "validation"} <= parts.keys() else {}
+
+
+def _is_held_out(file: str) -> bool:
+    return int(digest([file])[:8], 16) % 10 == 0
+
+
+def folder(path: str, labels: bool = True, split: str = "all") -> Folder:
+    """Opens a folder of pictures, or a part of it.
 
     With sub-folders, each first-level one is a class, numbered in sorted order, and
     all pictures below it, at any depth, belong to it. Without sub-folders, or with
     `labels=False`, there are no labels. Files without an extension of EXTENSIONS and
     folders that are links are left out, counted and logged.
 
+    Args:
+      split: "all", "train" or "validation". If the folder has the sub-folders train and
+        validation (or val), that sub-folder, and "test" is another; if not, a tenth of
+        the pictures is for validation, chosen by a hash of the path below the folder,
+        so that a picture stays in its part when others come and go.
+
     Raises:
       ConfigError: the folder cannot be read, holds no picture, or holds pictures
-        beside its class folders.
+        beside its class folders; an unknown split, or one without a picture.
     """
     root = os.path.abspath(os.path.expanduser(path))
+    parts = _parts(root)
+    if split not in ("all", *(parts or ("train", "validation"))):
+        raise ConfigError(
+            f"split={split!r} of path={path!r}: known are all, train and validation, "
+            "and test if the folder has sub-folders of these names"
+        )
+    if split in parts:
+        return folder(os.path.join(root, parts[split]), labels)
     files: list[str] = []
     ignored: collections.Counter[str] = collections.Counter()
 
@@ -114,8 +144,17 @@ def folder(path: str, labels: bool = True) -> Folder:
             "its class folders: move them, or give labels=False"
         )
     classes = {f.split(os.sep)[0] for f in files} if labels and not flat else set()
+    name = os.path.basename(root)
+    if split != "all":
+        name = f"{name}:{split}"  # Its size table is one of its own.
+        files = [f for f in files if _is_held_out(f) == (split == "validation")]
+    if not files:
+        raise ConfigError(
+            f"split={split!r} of path={path!r} holds no picture: there are too few; "
+            "use split='all', and another folder for the other part"
+        )
     return Folder(
-        os.path.basename(root),
+        name,
         root,
         tuple(sorted(files)),
         tuple(sorted(classes)),

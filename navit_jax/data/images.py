@@ -5,18 +5,15 @@ Shapes: h, w pixels. Sizes are (height, width), upright: after EXIF orientation.
 Safe to call from several threads: no state of Pillow or of `warnings` is changed.
 """
 
-import contextlib
 import io
 import math
-from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import UInt8
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageChops,
     ImageEnhance,
     JpegImagePlugin,
     PngImagePlugin,
@@ -24,12 +21,14 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from navit_jax.data import tiff
-from navit_jax.data.bad_image import BadImage
+from navit_jax.data import codec as codecs
+from navit_jax.data import modes
+from navit_jax.data.bad_image import BadImage, decoding
 from navit_jax.data.containers import Picture, read_header
 
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 # A file whose sides are not the planned ones may be stretched by this much.
 ASPECT_TOLERANCE = 0.02
 # A JPEG is decoded at the smallest scale that leaves the resizing at least DRAFT_GAP
@@ -74,8 +73,9 @@ def read(
     planned: Size,
     target: Size,
     *,
-    box: Box | None = None,
+    box: Box = WHOLE,
     flip: bool = False,
+    codec: str = "auto",
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[str, ...]]:
     """Decodes, turns upright, crops, resizes (antialiased bilinear) and mirrors.
 
@@ -88,25 +88,32 @@ def read(
       target: Size of the result.
       box: (top, left, bottom, right) in fractions of the upright picture; at its edges
         the filter still sees the pixels beyond.
+      codec: A name for `codec.choose`: what reads JPEGs and arrays, nearly as Pillow.
 
     Returns:
-      Pixels of exactly `target`, and what was odd: `animated`, `pages` (only the first
+      Pixels of exactly `target` (a view of `data`, read-only, of an array that nothing
+      is to be done with), and what was odd: `animated`, `pages` (only the first
       was used), `metadata` (broken, ignored), `fitted` (not of the planned size, but
       nearly of its aspect), `scaled` (32-bit or float, from its own range).
 
     Raises:
       BadImage: the file can not be used; see `BadImage`.
     """
+    top, left, bottom, right = box
+    assert 0 <= top < bottom < 1 + 1e-6, f"box {box}"
+    assert 0 <= left < right < 1 + 1e-6, f"box {box}"
     picture = read_header(data)
-    image = _open(picture)
-    notes = list(picture.notes)
-    if _upright(picture) != planned:
-        if not _nearly_same_aspect(_upright(picture), planned):
-            raise BadImage("size_changed", f"{_upright(picture)}, it was {planned}")
-        notes.append("fitted")
+    fast = codecs.choose(codec)
+    stored = _stored(picture, target, box, fast)
+    image = None if stored else _open(picture)
+    notes = (*picture.notes, *_compare(_upright(picture), planned))
+    if stored:
+        pixels = _sample(picture, *stored, target, box, fast)
+        if pixels is not None:
+            return pixels[:, ::-1] if flip else pixels, notes
+    image = image or _open(picture)
     if image.mode in ("I", "F"):
-        notes.append("scaled")
-    box = box or (0.0, 0.0, 1.0, 1.0)
+        notes = (*notes, "scaled")
     image, window = _decode(picture, image, target, box)
     height, width = target
     image = image.resize(
@@ -117,7 +124,7 @@ def read(
     )
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image.convert("RGB")), tuple(notes)
+    return np.array(image.convert("RGB")), notes
 
 
 def jitter(
@@ -137,23 +144,48 @@ def jitter(
     return np.array(ImageEnhance.Color(picture).enhance(saturation))
 
 
-@contextlib.contextmanager
-def _decoding() -> Iterator[None]:
-    """Goes around what Pillow does with a file, and nothing else.
+def _stored(
+    picture: Picture, target: Size, box: Box, fast: bool
+) -> tuple[UInt8[np.ndarray, "h w 3"], int] | None:
+    """Pixels as stored, and 1 / n of what size they are, if that takes no Pillow."""
+    if picture.format == "NPY":
+        return _array(picture), 1
+    if not fast or picture.format != "JPEG":
+        return None
+    top, left, bottom, right = box
+    rows, columns = target[0] / (bottom - top), target[1] / (right - left)
+    swapped = picture.orientation > 4
+    return codecs.decode(picture, (columns, rows) if swapped else (rows, columns))
 
-    What is raised within is the picture's fault; what our own code raises is not.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = "truncated" if "truncated" in str(error) else "undecodable"
-        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+
+def _sample(
+    picture: Picture,
+    pixels: UInt8[np.ndarray, "h w 3"],
+    scale: int,
+    target: Size,
+    box: Box,
+    fast: bool,
+) -> UInt8[np.ndarray, "H W 3"] | None:
+    """The result from pixels as stored; None if Pillow has to make it."""
+    size = picture.height / scale, picture.width / scale
+    if size == target and box == WHOLE and picture.orientation == 1:
+        return pixels
+    if not fast:
+        return None
+    return codecs.resize(pixels, size, picture.orientation, box, target)
+
+
+def _array(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    shape = picture.height, picture.width, 3
+    if len(picture.data) < math.prod(shape):
+        raise BadImage("truncated", f"{len(picture.data)} bytes of {shape} pixels")
+    return np.frombuffer(picture.data, np.uint8).reshape(shape)
 
 
 def _open(picture: Picture) -> Image.Image:
-    with _decoding():
+    if picture.format == "NPY":
+        return Image.fromarray(_array(picture))
+    with decoding():
         image = DECODERS[picture.format](io.BytesIO(picture.data))
     if image.size != (picture.width, picture.height):
         raise BadImage("undecodable", f"the decoder finds {image.size} pixels")
@@ -166,11 +198,19 @@ def _upright(picture: Picture) -> Size:
     return picture.width, picture.height
 
 
-def _nearly_same_aspect(a: Size, b: Size) -> bool:
-    if 0 in (*a, *b):  # planned without a size: it could not be read then
-        return False
-    stretch = a[0] * b[1] / (a[1] * b[0])
-    return max(stretch, 1 / stretch) <= 1 + ASPECT_TOLERANCE
+def _compare(size: Size, planned: Size) -> tuple[str, ...]:
+    """What is to be noted of a picture of that size.
+
+    Raises:
+      BadImage: the planned size was of another aspect.
+    """
+    if size == planned:
+        return ()
+    if 0 not in planned:  # else it could not be read then
+        stretch = size[0] * planned[1] / (size[1] * planned[0])
+        if max(stretch, 1 / stretch) <= 1 + ASPECT_TOLERANCE:
+            return ("fitted",)
+    raise BadImage("size_changed", f"{size}, it was {planned}")
 
 
 def _decode(
@@ -181,17 +221,15 @@ def _decode(
     A JPEG is decoded at 1, 1/2, 1/4 or 1/8 of its size, whichever is still enough.
     """
     top, left, bottom, right = box
-    assert 0 <= top < bottom < 1 + 1e-6, f"box {box}"
-    assert 0 <= left < right < 1 + 1e-6, f"box {box}"
     across = math.ceil(DRAFT_GAP * target[1] / (right - left))
     down = math.ceil(DRAFT_GAP * target[0] / (bottom - top))
     turn = picture.orientation
-    with _decoding():
+    with decoding():
         draft = image.draft(None, (across, down) if turn < 5 else (down, across))
         image.load()
     # A JPEG decoded at a smaller scale ends somewhere within its last pixels.
     width, height = draft[1][2:] if draft else image.size
-    image = _flatten(image, picture.plain_cmyk)
+    image = modes.flatten(image, picture.plain_cmyk)
     if turn > 1:
         image = image.transpose(TURNS[turn])
     if turn > 4:
@@ -204,44 +242,3 @@ def _decode(
         min(x + right * width, image.width),
         min(y + bottom * height, image.height),
     )
-
-
-def _flatten(image: Image.Image, plain_cmyk: bool) -> Image.Image:
-    """Any mode to 8-bit grey or RGB without transparency."""
-    if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
-    if image.mode in ("I", "F"):
-        with np.errstate(invalid="ignore"):  # a NaN may be a signalling one
-            values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(_scaled(values))
-    with _decoding():
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        if plain_cmyk:
-            image = ImageChops.invert(image)  # Pillow takes Adobe's for granted
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    bits = 16
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        bits = image.tag_v2[tiff.BITS][0]  # or 12
-    table = 255 * np.clip(np.arange(2**16) / (2**bits - 1), 0, 1)
-    table = table.round().astype(np.uint8)
-    if "transparency" in image.info:
-        table[image.info["transparency"]] = 255
-    return Image.fromarray(table[np.asarray(image)])
-
-
-def _scaled(values: Float64[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
-    """The least finite value becomes 0, the greatest 255; what is not a number, 0."""
-    finite = np.isfinite(values)
-    low = values.min(where=finite, initial=np.inf)
-    high = values.max(where=finite, initial=-np.inf)
-    if low >= high:  # all alike, or none finite
-        return np.zeros(values.shape, np.uint8)
-    values -= low
-    values *= 255 / (high - low)
-    values[np.isnan(values)] = 0
-    return values.clip(0, 255, out=values).round(out=values).astype(np.uint8)

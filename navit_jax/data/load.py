@@ -13,7 +13,7 @@ import numpy as np
 from navit_jax.batch import PackedBatch
 from navit_jax.data import images, patches
 from navit_jax.data.pack import LoadedImage, pack_rows
-from navit_jax.data.records import StoredSource
+from navit_jax.data.records import Source
 from navit_jax.data.window import PlannedRow
 
 
@@ -34,14 +34,16 @@ class Loader:
       patch: Side of a patch in pixels.
       num_tokens, num_slots: L and N.
       num_labels: The most labels an image may have.
+      codec: A name for `codec.choose`.
     """
 
-    sources: tuple[StoredSource, ...]
+    sources: tuple[Source, ...]
     names: tuple[str, ...]
     patch: int
     num_tokens: int
     num_slots: int
     num_labels: int
+    codec: str = "auto"
 
     def load(self, rows: Sequence[PlannedRow]) -> LoadedRows:
         """Loads every image of the rows; one that can not be used has no tokens."""
@@ -54,7 +56,11 @@ class Loader:
         info = {
             "keys": [[image.name for image in row] for row in loaded],
             "skipped": skipped,
-            "shrunk": int(sum(row.shrunk.sum() for row in rows)),
+            "shrunk": [
+                images_[i].name
+                for row, images_ in zip(rows, loaded, strict=True)
+                for i in np.flatnonzero(row.shrunk)
+            ],
             "notes": dict(notes),
         }
         return LoadedRows(loaded, info)
@@ -87,6 +93,7 @@ class Loader:
                 (rows * self.patch, columns * self.patch),
                 box=tuple(row.box[i].tolist()),
                 flip=bool(row.flip[i]),
+                codec=self.codec,
             )
         except images.BadImage as error:
             skipped.append((name, error.reason))
@@ -94,11 +101,10 @@ class Loader:
         notes.update(odd)
         if (row.jitter[i] != 1).any():
             pixels = images.jitter(pixels, *row.jitter[i].tolist())
-        content, coords = patches.patchify(pixels, self.patch)
-        kept = int(row.kept[i])
-        if kept < len(content):
-            chosen = patches.keep_patches(len(content), kept, int(row.drop_key[i]))
-            content, coords = content[chosen], coords[chosen]
+        kept, chosen = int(row.kept[i]), None
+        if kept < rows * columns:
+            chosen = patches.keep_patches(rows * columns, kept, int(row.drop_key[i]))
+        content, coords = patches.patchify(pixels, self.patch, chosen)
         return LoadedImage(
             patches=content,
             coords=coords,

@@ -4,27 +4,43 @@ Shapes: h, w pixels of an image; n patches of it; P values of a patch (side * si
 row-major, channels last).
 """
 
+import functools
+
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from navit_jax.data.draws import GOLDEN, mix
-
-WORD = 2**64 - 1
+from navit_jax.data.draws import GOLDEN, mix, mix_one
 
 
 def patchify(
-    image: UInt8[np.ndarray, "h w 3"], patch: int
+    image: UInt8[np.ndarray, "h w 3"],
+    patch: int,
+    chosen: Int[np.ndarray, " n"] | None = None,
 ) -> tuple[UInt8[np.ndarray, "n P"], Int[np.ndarray, "n 2"]]:
-    """All patches of an image, row by row, and the (row, column) of each.
+    """Patches of an image, row by row, and the (row, column) of each.
 
     The sides of the image are multiples of `patch`: it was resized to a planned grid.
+
+    Args:
+      chosen: Numbers of the patches that are wanted; None: all.
     """
     h, w, _ = image.shape
     assert h % patch == 0 == w % patch, f"{h} x {w} is not a grid of patches of {patch}"
     rows, columns = h // patch, w // patch
     blocks = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
-    coords = np.indices((rows, columns), np.int32).reshape(2, -1).T
-    return blocks.reshape(rows * columns, -1), np.ascontiguousarray(coords)
+    coords = _coords(rows, columns)
+    if chosen is not None:
+        coords = coords[chosen]
+        blocks = blocks[coords[:, 0], coords[:, 1]]
+    return blocks.reshape(len(coords), -1), coords
+
+
+@functools.lru_cache(1024)
+def _coords(rows: int, columns: int) -> Int[np.ndarray, "n 2"]:
+    """The (row, column) of each patch of a grid."""
+    coords = np.indices((rows, columns), np.int32).reshape(2, -1).T.copy()
+    coords.flags.writeable = False
+    return coords
 
 
 def unpatchify(
@@ -50,6 +66,5 @@ def keep_patches(num: int, kept: int, key: int) -> Int[np.ndarray, " n"]:
     """
     assert 1 <= kept <= num, f"{kept} of {num} patches"
     # The key is hashed first: else near keys would give shifted draws.
-    start = mix(np.array([key & WORD], np.uint64))
-    order = mix(np.arange(1, num + 1, dtype=np.uint64) * GOLDEN + start)
+    order = mix(np.arange(1, num + 1, dtype=np.uint64) * GOLDEN + mix_one(key))
     return np.sort(np.argpartition(order, kept - 1)[:kept])

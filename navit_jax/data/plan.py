@@ -18,7 +18,6 @@ from navit_jax.data import draws, packers
 from navit_jax.data import resolution as resolutions
 from navit_jax.data import token_drop as token_drops
 from navit_jax.data.mixture import Mixture
-from navit_jax.data.packers import assign_rows, fill_exactly
 from navit_jax.data.window import PlannedRow, PlannedWindow, summarize
 from navit_jax.errors import ConfigError, DataError
 
@@ -110,23 +109,24 @@ class Plan:
 
     def _check_largest(self) -> None:
         """A square image at the largest resolution must fit, or the config is wrong."""
-        side = self.resolution.largest
-        if side is None:
+        if (side := self.resolution.largest) is None:
             return
-        square = np.ones((2, 2))
-        grid = resolutions.grids(square, np.full(2, float(side)), self.patch)
+        if not self.upscale:
+            areas = [table.prod(1, dtype=np.int64).max() for table in self.tables]
+            side = min(side, max(areas) ** 0.5)
+        grid = resolutions.grids(np.ones((2, 2)), np.full(2, float(side)), self.patch)
         # The typical rate, when training begins and after every schedule's end.
         seen = np.array([0, 2**62])
         rate = self._rates(np.full(2, 0.5), grid.prod(1), seen)
         kept = int(resolutions.kept_tokens(grid, rate).max())
         if self.max_side is not None and grid.max() > self.max_side:
             raise ConfigError(
-                f"data.resolution reaches {side} pixels, {grid.max()} patches a side, "
+                f"data.resolution reaches {side:g} px, {grid.max()} patches a side, "
                 f"but positions.length={self.max_side}: raise it, or lower resolution"
             )
         if kept > self.tokens:
             raise ConfigError(
-                f"data.resolution reaches {side} pixels, where a square image keeps "
+                f"data.resolution reaches {side:g} px, where a square image keeps "
                 f"{kept} tokens, but data.tokens={self.tokens}: raise it, or lower "
                 "resolution"
             )
@@ -176,10 +176,11 @@ class Plan:
         number = self.number(epoch, window)
         start = self.images_before(number)
         images = self._draw(np.arange(start, self.images_before(number + 1)))
-        rows = assign_rows(images.kept[:, None], [self.tokens], self.slots, self.packer)
+        lengths, capacity = images.kept[:, None], [self.tokens]
+        rows = packers.assign_rows(lengths, capacity, self.slots, self.packer)
         if self.fill:
             full = images.grid.prod(1)
-            kept = fill_exactly(images.kept, rows, self.tokens, full)
+            kept = packers.fill_exactly(images.kept, rows, self.tokens, full)
             images = images._replace(kept=kept)
         num_rows = int(rows.max()) + 1
         if self.training:
@@ -258,27 +259,20 @@ class Plan:
                 "data section and the files, or begin in a new folder"
             )
 
-    def report(self, windows: int = 1, images: int | None = None) -> dict[str, Any]:
+    def report(self, windows: int = 1) -> dict[str, Any]:
         """What the first windows of the stream are like, without reading a pixel.
-
-        Args:
-          images: Images of the run, to tell the rate of dropping at its end.
 
         Returns:
           `rows`, `images`, `tokens` counted; `padding`, a share of the tokens;
           `images_per_row`; `slot_use`, a share of the slots; `full_rows`, share of rows
           without a free slot; `attention_work`, sum of squared lengths over that of
           dense rows; `shrunk`, images that had to be; `source_shares`; `enough_slots`,
-          the fewest that cost less than 0.05 points of padding; `drop_rate`, the mean
-          aimed at in the beginning and (with `images`) in the end.
+          the fewest that cost less than 0.05 points of padding.
         """
-        seen = np.array([0] if images is None else [0, images])
-        rate = self.token_drop.average(seen) if self.training else np.zeros(len(seen))
         numbers = [i for i in range(windows) if not self.is_over(i)]
         planned = [self.plan_window(*self.label(i)) for i in numbers]
         sources = len(self.tables)
-        summary = summarize(planned, self.tokens, self.slots, self.packer, sources)
-        return {**summary, "drop_rate": rate.tolist()}
+        return summarize(planned, self.tokens, self.slots, self.packer, sources)
 
     def __reduce__(self):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -1,9 +1,11 @@
-"""Ends a run whose data are too bad: a share of the last 10,000 planned images."""
+"""Ends a run whose data are too bad, and names images that are not as planned."""
 
 import collections
 from collections.abc import Sequence
 
-from navit_jax.errors import DataError
+from absl import logging
+
+from navit_jax.errors import ConfigError, DataError
 
 WINDOW = 10_000
 
@@ -15,8 +17,16 @@ class QualityLimit:
         """Starts with an empty window, or with one that `window()` gave.
 
         Args:
-          limit: Share of the window that may be unusable, 0.01 is 1 %.
+          limit: Share of the window that may be unusable, 0.01 is 1 %; 0 ends at the
+            first such image, 1 never.
+
+        Raises:
+          ConfigError: `limit` is no share.
         """
+        if not 0 <= limit <= 1:
+            raise ConfigError(
+                f"config.train.bad_images={limit}: give a share, 0 to 1 (0.01 is 1 %)"
+            )
         self.limit = limit
         self.reasons: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
@@ -48,10 +58,12 @@ class QualityLimit:
             old_planned, old_skipped = self._steps.popleft()
             self._planned -= old_planned
             self._skipped -= old_skipped
-        if self._skipped > self.limit * WINDOW:
+        # Whole steps are kept, so the window may be longer.
+        window = max(WINDOW, self._planned)
+        if self._skipped > self.limit * window:
             raise DataError(
                 f"{self._skipped} of the last {self._planned} planned images can not "
-                f"be used, the limit is {self.limit:.1%} of {WINDOW:,}:\n{self.table()}"
+                f"be used, the limit is {self.limit:.1%} of {window:,}:\n{self.table()}"
             )
 
     def table(self) -> str:
@@ -60,3 +72,28 @@ class QualityLimit:
             f"  {count:6d}  {reason:14s} first: {self.examples[reason]}"
             for reason, count in self.reasons.most_common()
         )
+
+
+# Of images that `BatchInfo.shrunk` names.
+SHRUNK = "smaller than drawn, to fit a row or the position table"
+
+
+class Named:
+    """Names images in the log, each once, and so many at most.
+
+    Attributes:
+      what: Is said of them.
+    """
+
+    def __init__(self, what: str, most: int = 100):
+        self.what, self.most = what, most
+        self._told: set[str] = set()
+
+    def note(self, names: Sequence[str]) -> None:
+        """Logs the names that are new."""
+        new = list(dict.fromkeys(name for name in names if name not in self._told))
+        room = self.most - len(self._told)
+        if new and room > 0:
+            self._told.update(new[:room])
+            more = ", ...; no more are named" if len(new) >= room else ""
+            logging.info("%s: %s%s", self.what, ", ".join(new[:room]), more)

@@ -48,8 +48,8 @@ class Source(Protocol):
         ...
 
     @property
-    def num_classes(self) -> int:
-        """0 when it has no labels."""
+    def class_names(self) -> tuple[str, ...]:
+        """The classes by number; () when it has no labels."""
         ...
 
     def __len__(self) -> int: ...
@@ -60,11 +60,6 @@ class Source(Protocol):
 @runtime_checkable
 class StoredSource(Source, Protocol):
     """A source whose size table can be kept from run to run."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes by number; () when it has no labels."""
-        ...
 
     @property
     def folder(self) -> str:
@@ -83,10 +78,15 @@ class Selection:
     Attributes:
       whole: The source selected from.
       indices: int32 [M], places in `whole`.
+      groups: int32 [M], the near-duplicate group of each, if known; never in two splits
+        or in both parts of a fold. Resample groups, not pictures, for an interval.
+      original_sizes: int32 [M 2], (h, w) before the long side was capped, if known.
     """
 
     whole: StoredSource
     indices: np.ndarray
+    groups: np.ndarray | None = None
+    original_sizes: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ class Selection:
     @property
     def num_classes(self) -> int:
         """Their number."""
-        return self.whole.num_classes
+        return len(self.class_names)
 
     @property
     def folder(self) -> str:

@@ -1,10 +1,12 @@
 """At which size an image is seen: laws of the resolution, and the grid of patches.
 
-Resolution is the side, in pixels, of the square with the image's area, so 128 may be
-64 x 256. A law maps a uniform draw and the sizes to such sides. M images.
+Resolution is the side, in pixels, of the square of the image's area: 128 may be 64 x
+256. A law maps a uniform draw and the sizes to such sides. M images.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -176,6 +178,22 @@ def _scales(
     return scale if upscale else np.minimum(scale, 1)
 
 
+def _largest_scale(
+    high: Float64[np.ndarray, " M"],
+    violates: Callable[[Float64[np.ndarray, " M"]], Bool[np.ndarray, " M"]],
+) -> Float64[np.ndarray, " M"]:
+    """The largest scales below `high` that do not violate, by bisection.
+
+    Grids, so tokens, never shrink as the scale grows.
+    """
+    low = np.zeros_like(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        over = violates(middle)
+        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    return low
+
+
 def grids(
     sizes: Sizes,
     side: Float64[np.ndarray, " M"],
@@ -190,7 +208,6 @@ def grids(
 
     Args:
       sizes: (height, width) in pixels; (0, 0) gives 1 x 1.
-      side: Resolution in pixels.
       upscale: Whether an image may be enlarged (the paper does).
       square: Side x side whatever the aspect: what a plain ViT sees.
     """
@@ -226,13 +243,11 @@ def limit(
     shrunk = violates(grids, rate)
     if shrunk.any():
         chosen, shape, rate_ = grids[shrunk], sizes[shrunk], rate[shrunk]
-        # Bisection on the scale: patches, so tokens, never shrink as it grows.
-        low = np.zeros(len(chosen))
         high = ((chosen + 1) / np.maximum(shape, 1)).max(1)
-        for _ in range(40):
-            middle = (low + high) / 2
-            over = violates(np.minimum(_fit(shape, middle, 1), chosen), rate_)
-            low, high = np.where(over, low, middle), np.where(over, middle, high)
+        low = _largest_scale(
+            high,
+            lambda scale: violates(np.minimum(_fit(shape, scale, 1), chosen), rate_),
+        )
         grids = grids.copy()
         grids[shrunk] = np.minimum(_fit(shape, low, 1), chosen)
     return grids, kept_tokens(grids, rate), shrunk
@@ -246,7 +261,38 @@ def kept_tokens(
     return np.maximum(kept, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Every image at the largest grid of its aspect that has at most `tokens` patches.
+
+    `patch` is the side of a patch in pixels.
+    """
+
+    tokens: int
+    patch: int
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise ConfigError(f"resolution.tokens={self.tokens}: needs at least 1")
+
+    @property
+    def largest(self) -> Number:
+        """The side of a square image, in pixels."""
+        return self.patch * math.isqrt(self.tokens)
+
+    def __call__(self, u: Draws, sizes: Sizes) -> Float64[np.ndarray, " M"]:
+        """The side of each image."""
+        sizes = np.maximum(sizes, 1)
+        high = (self.tokens + 1) * self.patch / sizes.max(1)
+        scale = _largest_scale(
+            high, lambda scale: _fit(sizes, scale, self.patch).prod(1) > self.tokens
+        )
+        # A hair below: the scale is had again from the side, rounded.
+        return (1 - 1e-12) * scale * np.sqrt(sizes.prod(1, dtype=np.float64))
+
+
 LAWS = {
+    "budget": Budget,
     "fixed": Fixed,
     "native": Native,
     "uniform": Uniform,

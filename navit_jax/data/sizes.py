@@ -15,7 +15,13 @@ from absl import logging
 from jaxtyping import UInt16
 
 from navit_jax.data import folders, images
-from navit_jax.data.records import Selection, StoredSource, cache_folder, digest
+from navit_jax.data.records import (
+    Selection,
+    Source,
+    StoredSource,
+    cache_folder,
+    digest,
+)
 
 # Raise it when `images.read_size` answers differently for the same bytes.
 VERSION = 1
@@ -57,7 +63,14 @@ def size_table(
             unreadable,
         )
         return table
-    for path in paths:
+    return keep(source, table)
+
+
+def keep(
+    source: StoredSource, table: UInt16[np.ndarray, "M 2"]
+) -> UInt16[np.ndarray, "M 2"]:
+    """Writes the table where it will be looked for, and gives it, mapped if it can."""
+    for path in _paths(source):
         try:
             _save(path, table, _stem(source))
         except OSError as error:
@@ -68,9 +81,15 @@ def size_table(
 
 
 def scan(
-    source: StoredSource, threads: int, read_size: ReadSize
+    source: Source,
+    threads: int,
+    read_size: ReadSize = images.read_size,
+    quiet: bool = False,
 ) -> tuple[UInt16[np.ndarray, "M 2"], int]:
     """Reads the size of every picture from its header, with a progress bar.
+
+    Args:
+      quiet: Without the bar and without the line on those that have no size.
 
     Returns:
       The table, and how many pictures could not be read at all.
@@ -90,7 +109,12 @@ def scan(
 
     with (
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
-        tqdm.tqdm(total=len(source), desc=f"sizes of {source.name}", unit="img") as bar,
+        tqdm.tqdm(
+            total=len(source),
+            desc=f"sizes of {source.name}",
+            unit="img",
+            disable=quiet,
+        ) as bar,
     ):
         futures = [pool.submit(fill, start) for start in starts]
         try:
@@ -99,12 +123,13 @@ def scan(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if refused := int((table == 0).all(1).sum()):
+    refused = int((table == 0).all(1).sum())
+    if refused and not quiet:
         logging.warning("%s: %d pictures have no usable size", source.name, refused)
     return table, len(unreadable)
 
 
-def _size(source: StoredSource, index: int, read_size: ReadSize) -> tuple[int, int]:
+def _size(source: Source, index: int, read_size: ReadSize) -> tuple[int, int]:
     try:
         size = read_size(source[index].image)
     except images.BadImage:

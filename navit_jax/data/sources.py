@@ -3,14 +3,13 @@
 Letters: M images.
 """
 
-import dataclasses
 import pathlib
 import re
 
 import numpy as np
 
 from navit_jax.data.folders import folder
-from navit_jax.data.prepared import Tfds, tfds
+from navit_jax.data.prepared import open_folder, tfds
 from navit_jax.data.records import Record, Selection, Source, cache_folder
 from navit_jax.data.stored import array_record
 from navit_jax.errors import ConfigError
@@ -20,20 +19,6 @@ __all__ = ["SOURCES", "Record", "Source", "array_record", "clipart", "folder", "
 CLIPART = pathlib.Path(__file__).parent / "clipart"
 SPLITS = ("train", "validation", "test")
 LABELS = ("classes8", "classes34", "none")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Clipart(Selection):
-    """Pictures of openclipart; see `clipart`.
-
-    Attributes:
-      groups: int32 [M], the near-duplicate group of each; never in two splits or in
-        both parts of a fold. Resample groups, not pictures, for a confidence interval.
-      original_sizes: int32 [M 2], (h, w) before the long side was capped.
-    """
-
-    groups: np.ndarray
-    original_sizes: np.ndarray
 
 
 def full_clipart() -> pathlib.Path:
@@ -46,7 +31,7 @@ def clipart(
     labels: str = "classes8",
     full: bool = False,
     path: str | None = None,
-) -> Clipart:
+) -> Selection:
     """Opens the embedded clip art, or its full-size build.
 
     Args:
@@ -76,11 +61,11 @@ def clipart(
     label = None if labels == "none" else labels
     if label:
         chosen &= index[label]
-    whole = Tfds(
-        "clipart", str(root), "image", label, "caption", "key", "+".join(SPLITS)
+    whole = open_folder(
+        "clipart", str(root), "+".join(SPLITS), "image", label, "caption", "key"
     )
     indices = np.flatnonzero(chosen).astype(np.int32)
-    return Clipart(
+    return Selection(
         whole, indices, index["group"][indices], index["original_sizes"][indices]
     )
 

@@ -19,30 +19,31 @@ from navit_jax.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What all sources in such files share: files, and the features to take.
+    """A source in such files, as `array_record` and `prepared.py` open it.
 
     Attributes:
       name: Names the source in messages.
       folder: Holds the files and the size table.
+      parts: (file, first record, number of records) in order.
       image, label, caption, key: Features; None: there is none. Without `image` the
         record is the encoded picture itself.
+      class_names: The classes by number; () when it has no labels.
+      stamp: Changes when the files may have.
     """
 
     name: str
     folder: str
+    parts: tuple[tuple[str, int, int], ...]
     image: str | None
     label: str | None
     caption: str | None
     key: str | None
+    class_names: tuple[str, ...]
+    stamp: str
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes by number."""
-        raise NotImplementedError
-
-    def _parts(self) -> list[tuple[str, int, int]]:
-        """(file, first record, number of records) of each part, in order."""
-        raise NotImplementedError
+    def fingerprint(self) -> str:
+        """The stamp, taken when the source was opened."""
+        return self.stamp
 
     @property
     def num_classes(self) -> int:
@@ -51,15 +52,11 @@ class Stored:
 
     @functools.cached_property
     def _records(self) -> ArrayRecordDataSource:
-        parts = [f"{path}[{start}:{start + n}]" for path, start, n in self._parts()]
+        parts = [f"{path}[{start}:{start + n}]" for path, start, n in self.parts]
         return ArrayRecordDataSource(parts)
 
-    @functools.cached_property
-    def _length(self) -> int:
-        return sum(number for _, _, number in self._parts())
-
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
@@ -102,30 +99,6 @@ def _text(values: list[bytes]) -> str:
     return values[0].decode("utf-8", "replace") if values else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class ArrayRecords(Stored):
-    """array_record files; see `array_record`."""
-
-    files: tuple[tuple[str, int, int], ...]
-    classes: int
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The class numbers as text."""
-        return tuple(map(str, range(self.classes)))
-
-    def _parts(self) -> list[tuple[str, int, int]]:
-        return list(self.files)
-
-    def fingerprint(self) -> str:
-        """Of names, sizes and times of the files."""
-        stats = [(path, os.stat(path)) for path, _, _ in self.files]
-        return digest(
-            [self.image]
-            + [(os.path.basename(p), s.st_size, s.st_mtime_ns) for p, s in stats]
-        )
-
-
 def array_record(
     paths: str | Iterable[str],
     image: str | None = None,
@@ -133,7 +106,7 @@ def array_record(
     caption: str | None = None,
     key: str | None = None,
     num_classes: int = 0,
-) -> ArrayRecords:
+) -> Stored:
     """Opens array_record files that hold pictures, or tf.train.Examples with pictures.
 
     Args:
@@ -155,21 +128,27 @@ def array_record(
     if (label is not None) != (num_classes > 0):
         raise ConfigError(f"label={label!r} and num_classes={num_classes}: give both")
     patterns = [paths] if isinstance(paths, str) else list(paths)
-    files = []
+    parts = []
     for pattern in patterns:
         found = sorted(glob.glob(os.path.expanduser(pattern)))
         if not found:
             raise ConfigError(f"paths: no file matches {pattern!r}")
         for path in found:
             try:
-                files.append((path, 0, len(ArrayRecordDataSource(path))))
+                parts.append((path, 0, len(ArrayRecordDataSource(path))))
             except (RuntimeError, ValueError) as error:
                 raise ConfigError(f"{path} is no array_record file: {error}") from error
-    if not sum(number for _, _, number in files):
+    if not sum(number for _, _, number in parts):
         raise ConfigError(f"paths={patterns} hold no record")
-    folder = os.path.dirname(os.path.abspath(files[0][0]))
-    others = f"+{len(files) - 1}" if len(files) > 1 else ""
-    name = os.path.basename(files[0][0]) + others
-    return ArrayRecords(
-        name, folder, image, label, caption, key, tuple(files), num_classes
+    files = [(os.path.basename(path), os.stat(path)) for path, _, _ in parts]
+    return Stored(
+        name=files[0][0] + (f"+{len(files) - 1}" if len(files) > 1 else ""),
+        folder=os.path.dirname(os.path.abspath(parts[0][0])),
+        parts=tuple(parts),
+        image=image,
+        label=label,
+        caption=caption,
+        key=key,
+        class_names=tuple(map(str, range(num_classes))),
+        stamp=digest([image, *((f, s.st_size, s.st_mtime_ns) for f, s in files)]),
     )

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 from navit_jax.data.bad_image import BadImage
 
-WIDTH, HEIGHT, BITS, COMPRESSION, ORIENTATION = 256, 257, 258, 259, 274
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
+ORIENTATION = 274
 STRIPS, TILES = (273, 279), (324, 325)  # tags of (offsets, byte counts)
 # Tags that say how the pixels are stored, with one value and with several. All others
 # (resolution, EXIF, XMP, ICC, thumbnails, ...) are kept from the decoder.

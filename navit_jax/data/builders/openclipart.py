@@ -118,19 +118,18 @@ def read_picture(path: pathlib.Path) -> Image.Image | None:
       An RGB image, or None if nothing is visible or it has over MAX_PIXELS pixels by
       its header (three have: 231 and 623 megapixels; they are never decoded).
     """
-    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", None):
-        opened = Image.open(path)
-    with opened:
+    # The limit here is MAX_PIXELS; Pillow has another, in `open` and in `crop`.
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", None), Image.open(path) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             return None
         image = opened.convert("RGBA") if opened.mode != "RGBA" else opened
         image.load()
-    box = image.getbbox(alpha_only=True)
-    if box is None:
-        return None
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white.crop(box)
+        box = image.getbbox(alpha_only=True)
+        if box is None:
+            return None
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white.crop(box)
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:

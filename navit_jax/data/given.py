@@ -1,0 +1,138 @@
+"""Pictures that somebody gives, as a source: arrays, Pillow images, paths.
+
+M pictures.
+"""
+
+import dataclasses
+import io
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from navit_jax.data import Stream, resolution, sizes
+from navit_jax.data.load import Loader
+from navit_jax.data.plan import Plan
+from navit_jax.data.records import Record, Source, StoredSource
+
+# Rows of the length of training that a device takes at once: enough to keep it busy.
+ROWS = 8
+# Tokens of a picture, at most: a row of them is the largest that a device may be given.
+LONGEST = 2**16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """Pictures in memory or in files, in a given order, without labels.
+
+    Attributes:
+      pictures: Each a path, the bytes of a file, a Pillow image, or a uint8 array
+        [h w 3], [h w 4] (with alpha), [h w 1] or [h w].
+    """
+
+    pictures: Sequence[Any]
+    name: str = "pictures"
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Record:
+        picture = self.pictures[index]
+        if isinstance(picture, str | os.PathLike):
+            return Record(str(picture), pathlib.Path(picture).read_bytes())
+        if not isinstance(picture, bytes):
+            picture = _encode(picture, f"pictures[{index}]")
+        return Record(f"[{index}]", picture)
+
+
+def _encode(picture: Any, where: str) -> bytes:
+    """The same pixels as an uncompressed file, so that there is one way of reading.
+
+    Raises:
+      ValueError: it is no picture; names the type or the shape.
+    """
+    file = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        image = ImageOps.exif_transpose(picture)
+        if image.mode not in PNG_MODES:
+            image = image.convert("RGB")
+    else:
+        array = np.asarray(picture)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        planes = array.shape[2:] in ((), (3,), (4,))
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or not planes:
+            raise ValueError(
+                f"{where} is a {type(picture).__name__} of dtype {array.dtype} and "
+                f"shape {array.shape}: give a path, a Pillow image, or a uint8 array "
+                "[h w 3], [h w 4], [h w 1] or [h w]"
+            )
+        if not array.size:
+            raise ValueError(f"{where} has shape {array.shape}: it has no pixel")
+        image = Image.fromarray(array)
+    image.save(file, format="png", compress_level=0)
+    return file.getvalue()
+
+
+# The others that Pillow has, such as CMYK, are no PNG.
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+
+
+def plan_pictures(
+    source: Source,
+    law: resolution.Law,
+    *,
+    patch: int,
+    tokens: int,
+    slots: int,
+    max_side: int,
+    upscale: bool,
+    square: bool,
+    num_labels: int,
+    codec: str,
+    devices: int,
+) -> Stream:
+    """One pass over pictures, in rows as long as the longest of them needs.
+
+    Args:
+      law: The resolution of each.
+      tokens: L of training, which is doubled until the longest picture fits.
+      devices: Rows are a multiple of these, and few where the pictures are.
+
+    The others are those of `Plan` and `Loader`.
+    """
+    threads = os.cpu_count() or 1
+    if isinstance(source, StoredSource):
+        table = sizes.size_table(source)
+    else:
+        table, _ = sizes.scan(source, threads, quiet=True)
+    whole = np.zeros(len(table))
+    side = law(whole, table.astype(np.int64))
+    grids = resolution.grids(table, side, patch, upscale, square)
+    lengths = resolution.limit(grids, table, whole, LONGEST, max_side)[1]
+    length = tokens
+    while length < lengths.max():
+        length *= 2
+    wanted = lengths.sum() / (length * devices)
+    rows = min(2 ** max(0, math.ceil(math.log2(wanted))), ROWS * tokens // length)
+    plan = Plan(
+        tables=[table],
+        weights=[1],
+        seed=0,
+        patch=patch,
+        tokens=length,
+        slots=slots,
+        rows=devices * max(1, rows),
+        resolution=law,
+        upscale=upscale,
+        square=square,
+        max_side=max_side,
+        training=False,
+    )
+    loader = Loader((source,), (source.name,), patch, length, slots, num_labels, codec)
+    return Stream(plan, loader, threads=threads, workers=0, prefetch=2)
