@@ -21,8 +21,10 @@ demo: setup
 	  --sides=32,48,64,96,128 --baselines
 	$(BIN)/python -m navit_jax.report runs/demo
 	@echo
-	@echo "Open runs/demo/report.html in a browser. Next: docs/running.md (train on your"
-	@echo "own pictures: --config.data.sources..., docs/data.md), docs/design.md (how and why)."
+	@echo "Open runs/demo/report.html in a browser. Next, on your own pictures, a sub-folder"
+	@echo "for each class:"
+	@echo "  $(BIN)/python -m navit_jax.train --config=configs/folder.py:/path/to/pictures --workdir=runs/mine"
+	@echo "More: docs/running.md; how and why: docs/design.md."
 
 check: setup
 	$(BIN)/ruff format --check .

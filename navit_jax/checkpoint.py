@@ -36,6 +36,7 @@ class Checkpoints:
         keep_period: int = 0,
         best: str = "",
         best_mode: str = "max",
+        resume: str = "",
     ):
         """Opens the folder, or creates it.
 
@@ -46,6 +47,8 @@ class Checkpoints:
           best: The metric whose best checkpoint stays too, as `eval/test/accuracy`; ""
             for none. Checkpoints saved without it are never the best.
           best_mode: `max` or `min`.
+          resume: The folder of another run, to go on from while there is no checkpoint
+            here; "" for none. Nothing in it is changed.
 
         Raises:
           ConfigError: an argument out of range, or a folder that can not be written.
@@ -56,6 +59,7 @@ class Checkpoints:
                 f"{keep_period} 0 or more, best_mode={best_mode!r} 'max' or 'min'"
             )
         self._folder = epath.Path(folder)
+        self._resume = epath.Path(resume).absolute() / "checkpoints" if resume else None
         self._saving: int | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +151,8 @@ class Checkpoints:
         """Reads the newest checkpoint that is whole; None if there are none at all.
 
         A damaged newer one is logged and set aside as `<step>.damaged`, so that its
-        step can be saved again.
+        step can be saved again. Those of another run that `resume` names are read if
+        there are none here, and stay as they are.
 
         Args:
           abstract: The state as `jax.ShapeDtypeStruct`s with the shardings wanted, of
@@ -156,7 +161,8 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints and none is whole, or the newest was
             written by a newer version of this code.
-          ConfigError: the checkpoint holds another tree of parameters.
+          ConfigError: the checkpoint holds another tree of parameters, or `resume`
+            names a folder without one.
         """
         self.wait()
         restored, damaged = saved_steps.read_newest_whole(self._folder, abstract)
@@ -167,6 +173,16 @@ class Checkpoints:
             multihost_utils.sync_global_devices("navit_jax.checkpoint.set_aside")
             self._manager.reload()
             self._retention.forget(damaged)
+        if restored or not self._resume:
+            return restored
+        restored, _ = saved_steps.read_newest_whole(self._resume, abstract)
+        if not restored:
+            raise ConfigError(
+                f"config.checkpoint.resume={str(self._resume.parent)!r} has no "
+                f"checkpoint ({self._resume} is empty or missing): give the --workdir "
+                "of a run that has saved, or leave it out to start from scratch"
+            )
+        logging.info("going on from %s, step %d", self._resume.parent, restored.step)
         return restored
 
     def close(self) -> None:

@@ -69,10 +69,13 @@ class Program:
         return dataclasses.replace(state, params=params, ema=ema)
 
     def step(self) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-        """The jitted (state, batch, signals) -> (state, metrics); donates the state."""
+        """The jitted (state, batch, signals) -> (state, metrics); donates the state.
+
+        To the metrics of `train_step` it adds the `learning_rate` of the update.
+        """
         rows = sharding.batch_sharding(self._mesh)
         shards = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
-        step = functools.partial(
+        train_step = functools.partial(
             train_state.train_step,
             task=self._task,
             tx=self._tx,
@@ -81,6 +84,15 @@ class Program:
             shards=shards,
             ema_decay=self._options.ema,
         )
+
+        def step(
+            state: TrainState, batch: PackedBatch, signals: jax.Array
+        ) -> tuple[TrainState, dict[str, Any]]:
+            # The optimizer counts updates; a step that was not finite is none.
+            rate = jnp.asarray(self.schedule(state.step - state.nonfinite))
+            state, metrics = train_step(state, batch, signals)
+            return state, {**metrics, "learning_rate": rate}
+
         return jax.jit(
             step,
             donate_argnums=0,

@@ -2,12 +2,14 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from navit_jax.errors import ConfigError
+
+NUMBER = int | float
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -15,38 +17,62 @@ def nearest(word: str, words: Iterable[str]) -> str:
     words = sorted(words)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(words)}"
+    return f"{hint}Known: {', '.join(words) or '(none)'}"
 
 
-def call(
-    factory: Callable[..., Any], arguments: Mapping[str, Any], where: str, **given: Any
-) -> Any:
-    """Calls `factory(**arguments, **given)`, refusing arguments it does not have.
+def check(
+    arguments: Mapping[str, Any],
+    factories: Sequence[Callable[..., Any]],
+    where: str,
+    given: Collection[str] = (),
+) -> None:
+    """Refuses arguments that do not fit what the factories take together.
 
     Args:
       where: The path of the section in the config, for messages.
       given: Arguments that come from the code, which a config must not set.
 
     Raises:
-      ConfigError: an unknown or a missing argument, named with the nearest known one.
+      ConfigError: an unknown argument, named with the nearest known one; a missing one;
+        text where the default is a number, or the other way round.
     """
-    parameters = {
-        name: p
-        for name, p in inspect.signature(factory).parameters.items()
-        # Linen adds two fields of its own to every module.
-        if name not in ("parent", "name")
-    }
-    known = [name for name in parameters if name not in given]
-    for key in arguments:
+    parameters: dict[str, inspect.Parameter] = {}
+    for factory in factories:
+        parameters.update(inspect.signature(factory).parameters)
+    # Linen adds two fields of its own to every module.
+    hidden = {"parent", "name", *given}
+    known = {name: p for name, p in parameters.items() if name not in hidden}
+    for key, value in arguments.items():
         if key not in known:
             raise ConfigError(f"config.{where}.{key} is unknown; {nearest(key, known)}")
-    for name in known:
-        if (
-            parameters[name].default is inspect.Parameter.empty
-            and name not in arguments
-        ):
+        default = known[key].default
+        for wanted, other, name in ((NUMBER, str, "a number"), (str, NUMBER, "text")):
+            if isinstance(default, wanted) and isinstance(value, other):
+                raise ConfigError(f"config.{where}.{key}={value!r}: give {name}")
+    for name, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise ConfigError(f"config.{where}.{name} is missing; it has no default")
+
+
+def call(
+    factory: Callable[..., Any], arguments: Mapping[str, Any], where: str, **given: Any
+) -> Any:
+    """Calls `factory(**arguments, **given)` after `check`."""
+    check(arguments, [factory], where, given)
     return factory(**arguments, **given)
+
+
+def choose(
+    section: Mapping[str, Any], choices: Mapping[str, Callable[..., Any]], where: str
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The factory that `section["name"]` picks, and the rest of the section."""
+    arguments = dict(section)
+    name = arguments.pop("name", None)
+    if name not in choices:
+        raise ConfigError(
+            f"config.{where}.name={name!r}: {nearest(str(name), choices)}"
+        )
+    return choices[name], arguments
 
 
 def build(
@@ -56,13 +82,8 @@ def build(
     **given: Any,
 ) -> Any:
     """Calls the factory that `section["name"]` picks, with the rest as arguments."""
-    arguments = dict(section)
-    name = arguments.pop("name", None)
-    if name not in choices:
-        raise ConfigError(
-            f"config.{where}.name={name!r}: {nearest(str(name), choices)}"
-        )
-    return call(choices[name], arguments, where, **given)
+    factory, arguments = choose(section, choices, where)
+    return call(factory, arguments, where, **given)
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -86,6 +107,16 @@ def _plain(value: Any, where: str) -> Any:
     raise ConfigError(
         f"config.{where} is a {type(value).__name__}; use numbers, strings, tuples"
     )
+
+
+def sections(
+    config: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(path, section) of each section, at any depth, outer ones first."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield f"{prefix}{key}", value
+            yield from sections(value, f"{prefix}{key}.")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

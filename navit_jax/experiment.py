@@ -1,14 +1,19 @@
 """From a resolved config to the things it names: encoder, task, sources, plans."""
 
 import dataclasses
+import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from navit_jax import checkpoint, data, initialise, models, optim, sharding
 from navit_jax import config as config_lib
-from navit_jax import data, models
+from navit_jax.data import crop, resolution, token_drop
+from navit_jax.data.sources import SOURCES
 from navit_jax.errors import ConfigError
 from navit_jax.models import flops
+from navit_jax.models.positions import POSITIONS
+from navit_jax.schedules import SCHEDULES
 from navit_jax.tasks import TASKS, Task
 
 SECTIONS = ("data", "model", "task", "optim", "mesh", "checkpoint", "evals", "train")
@@ -40,8 +45,33 @@ class TrainOptions:
     nonfinite_steps: int = 10
 
 
+# Who reads the keys of a section: factories, or a table from which its `name` chooses
+# one; then the arguments that are not the config's, and keys that are read elsewhere.
+READERS: dict[str, tuple[Sequence[Any], Sequence[str], Sequence[str]]] = {
+    "checkpoint": ([checkpoint.Checkpoints], ["folder"], []),
+    "data": ([data.open_stream], ["seed", "patch", "max_side", "training"], []),
+    "data.crop": ([crop.LAWS], [], []),
+    "data.resolution": ([resolution.LAWS], [], []),
+    "data.token_drop": ([token_drop.LAWS], [], []),
+    "data.token_drop.schedule": ([token_drop.Schedule], [], []),
+    "*.sources.*": ([SOURCES], [], ["weight"]),
+    "mesh": ([sharding.make_mesh], ["devices"], []),
+    "model": ([models.MODELS], [], ["init"]),
+    "model.init": ([initialise.from_run], ["params"], []),
+    "model.positions": ([POSITIONS], ["width"], []),
+    "optim": ([optim.compose, optim.OPTIMIZERS], optim.GIVEN, []),
+    "optim.schedule": ([SCHEDULES], ["peak", "steps"], []),
+    "task": ([TASKS], ["encoder", "num_classes"], []),
+    "train": ([TrainOptions], [], []),
+}
+
+
 def check_sections(config: Mapping[str, Any]) -> None:
-    """Refuses top-level keys that nothing reads, and names those that are missing."""
+    """Refuses keys that nothing reads, and names those that are missing.
+
+    Nothing is built or opened for it. The keys of an evaluation set are left to
+    `build_eval_streams`.
+    """
     known = (*SECTIONS, "seed", "steps")
     for key in config:
         if key not in known:
@@ -51,6 +81,26 @@ def check_sections(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.{key} is missing")
     if config["steps"] < 1:
         raise ConfigError(f"config.steps={config['steps']}: give at least 1")
+    for where, section in config_lib.sections(config):
+        for pattern, reader in READERS.items():
+            if fnmatch.fnmatchcase(where, pattern):
+                _check_keys(section, where, *reader)
+
+
+def _check_keys(
+    section: Mapping[str, Any],
+    where: str,
+    readers: Sequence[Any],
+    given: Sequence[str],
+    elsewhere: Sequence[str],
+) -> None:
+    keys = {key: value for key, value in section.items() if key not in elsewhere}
+    factories = []
+    for reader in readers:
+        if isinstance(reader, Mapping):
+            reader, keys = config_lib.choose(keys, reader, where)
+        factories.append(reader)
+    config_lib.check(keys, factories, where, given)
 
 
 def train_options(config: Mapping[str, Any]) -> TrainOptions:
@@ -107,24 +157,39 @@ def build_stream(config: Mapping[str, Any]) -> data.Stream:
 
 def build_eval_streams(
     config: Mapping[str, Any], section: Mapping[str, Any], name: str
-) -> Iterator[tuple[float | int, data.Stream]]:
-    """(side, stream) for each of the sides at which a set of `evals` is judged.
+) -> Iterator[tuple[str, data.Stream]]:
+    """(label, stream) for each of the resolutions at which a set of `evals` is judged.
 
-    Rows, tokens and slots are those of training unless the set says otherwise: the same
-    for all its sides, so one compilation serves them.
+    Rows and slots are those of training unless the set says otherwise. So are the
+    tokens of a row, doubled until the largest square image fits.
 
     Args:
-      section: `sources`, `sides` (pixels), and keys of section `data` to replace.
+      section: `sources`; `sides`, in pixels or "native"; `budgets`, most patches an
+        image; and keys of section `data` to replace.
       name: Of the set.
     """
-    own = {key: value for key, value in section.items() if key != "sides"}
-    if not section.get("sides"):
-        raise ConfigError(f"config.evals.{name}.sides: give at least one, as (64, 128)")
-    shared = ("rows", "tokens", "slots", "upscale", "square", "num_labels", "threads")
+    own = {k: v for k, v in section.items() if k not in ("sides", "budgets")}
+    patch = models.patch_size(config["model"]["size"])
+    laws: dict[str, dict[str, Any]] = {}
+    for side in section.get("sides", ()):
+        fixed = {"name": "fixed", "side": side}
+        laws[str(side)] = {"name": "native"} if side == "native" else fixed
+    for tokens in section.get("budgets", ()):
+        laws[f"{tokens}tokens"] = {"name": "budget", "tokens": tokens, "patch": patch}
+    if not laws:
+        raise ConfigError(
+            f"config.evals.{name}.sides: give at least one, as (64, 'native'), or "
+            "budgets, as (49, 196)"
+        )
+    shared = ("rows", "tokens", "slots", "upscale", "square", "num_labels", "codec")
+    shared += ("threads",)
     base = {key: config["data"][key] for key in shared if key in config["data"]}
-    for side in section["sides"]:
-        arguments = {**base, **own, "resolution": {"name": "fixed", "side": side}}
-        yield side, _open(config, arguments, f"evals.{name}", training=False)
+    for label, law in laws.items():
+        arguments = {**base, **own, "resolution": law}
+        largest = law.get("tokens", (law.get("side", 0) // patch) ** 2)
+        while "tokens" not in own and arguments["tokens"] < largest:
+            arguments["tokens"] *= 2
+        yield label, _open(config, arguments, f"evals.{name}", training=False)
 
 
 def _open(

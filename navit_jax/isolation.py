@@ -13,7 +13,7 @@ import numpy as np
 
 from navit_jax.batch import PackedBatch
 
-# PackedBatch -> [B N ...] or [B L ...]; taken as [B N ...] where N = L.
+# PackedBatch -> [B N ...] or [B L ...]; to `find_nonfinite` [B N ...] where N = L.
 Apply = Callable[[PackedBatch], Any]
 
 
@@ -69,7 +69,7 @@ def check_isolation(
       IsolationError: the first dependence found, or nothing in the output depends on
         the patches, so nothing would be proved.
     """
-    batch = jax.tree.map(np.asarray, batch)
+    batch = _tell_apart(jax.tree.map(np.asarray, batch))
     run = jax.jit(apply)
     before = np.asarray(run(batch))
     owners = _owners(before, batch)
@@ -98,12 +98,8 @@ def check_isolation(
     difference = _compare_alone(run, batch, before, tolerance)
     if gradients:
         _check_gradients(apply, batch, images, owners, seed)
-    return Report(
-        images=len(images),
-        changes=len(changes),
-        gradients=len(images) if gradients else 0,
-        alone=difference,
-    )
+    count = len(images)
+    return Report(count, len(changes), count if gradients else 0, difference)
 
 
 def find_nonfinite(apply: Apply, batch: PackedBatch) -> np.ndarray:
@@ -146,30 +142,48 @@ def alone(
       A batch, its last rows empty if need be, and the (row, slot) that each row's image
       had.
     """
-    B, L = batch.segment_ids.shape
-    N = batch.image_mask.shape[1]
+    B = len(batch.segment_ids)
     for start in range(0, len(images), B):
         members = images[start : start + B]
 
-        def repack(leaf: Any, members=members) -> Any:
-            if leaf.shape[:2] not in ((B, N), (B, L)):
+        def repack(path: Any, leaf: Any, members=members) -> Any:
+            by_slot = _is_by_slot(path, leaf, batch)
+            if not by_slot and leaf.shape[:2] != batch.segment_ids.shape:
                 return leaf
             result = np.zeros_like(leaf)
             for new, (row, slot) in enumerate(members):
-                if leaf.shape[1] == N:
+                if by_slot:
                     result[new, 0] = leaf[row, slot]
                 else:
                     own = leaf[row, batch.segment_ids[row] == slot + 1]
                     result[new, : len(own)] = own
             return result
 
-        single = jax.tree.map(repack, batch)
+        single = jax.tree_util.tree_map_with_path(repack, batch)
         first = (single.segment_ids > 0).astype(single.segment_ids.dtype)
         yield _replace(single, segment_ids=first), members
 
 
 def _replace(batch: Any, **leaves: Any) -> PackedBatch:
     return batch.replace(**leaves)
+
+
+def _is_by_slot(path: Any, leaf: Any, batch: PackedBatch) -> bool:
+    """Whether a leaf of the batch is [B N ...]; by name, as N may equal L."""
+    by_token = path[0].name in ("patches", "coords", "segment_ids")
+    return not by_token and leaf.shape[:2] == batch.image_mask.shape
+
+
+def _tell_apart(batch: PackedBatch) -> PackedBatch:
+    """Adds an empty slot where N = L: outputs by slot and by token then differ."""
+    if batch.image_mask.shape != batch.segment_ids.shape:
+        return batch
+
+    def widen(path: Any, leaf: Any) -> Any:
+        by_slot = _is_by_slot(path, leaf, batch)
+        return np.insert(leaf, leaf.shape[1], 0, axis=1) if by_slot else leaf
+
+    return jax.tree_util.tree_map_with_path(widen, batch)
 
 
 def _images(batch: PackedBatch) -> list[tuple[int, int]]:

@@ -15,8 +15,10 @@ import numpy as np
 import optax
 
 from navit_jax import config, paths
-from navit_jax.errors import ConfigError
 from navit_jax.schedules import SCHEDULES
+
+# Arguments of `compose` that are not the config's.
+GIVEN = ("scale", "steps", "params")
 
 
 def build(
@@ -36,21 +38,11 @@ def build(
       ConfigError: an unknown name or argument, a pattern without a parameter, warmup
         and cooldown longer than the run.
     """
-    given = ("scale", "steps", "params")
-    common = [key for key in inspect.signature(compose).parameters if key not in given]
-    choice = section.get("name")
-    if choice in OPTIMIZERS:
-        known = [*common, *inspect.signature(OPTIMIZERS[choice]).parameters, "name"]
-        for key in section:
-            if key not in known:
-                hint = config.nearest(key, known)
-                raise ConfigError(f"config.optim.{key} is unknown; {hint}")
-    own = {key: section[key] for key in section if key not in common}
-    shared = {key: section[key] for key in section if key in common}
-    scale = config.build(own, OPTIMIZERS, "optim")
-    return config.call(
-        compose, shared, "optim", scale=scale, steps=steps, params=params
-    )
+    factory, own = config.choose(section, OPTIMIZERS, "optim")
+    config.check(own, [compose, factory], "optim", GIVEN)
+    common = inspect.signature(compose).parameters
+    shared = {key: own.pop(key) for key in list(own) if key in common}
+    return compose(factory(**own), steps, params, **shared)
 
 
 def compose(

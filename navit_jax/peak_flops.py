@@ -1,10 +1,12 @@
 """Peak matrix-product rate of a device, what model FLOPs utilisation is a share of."""
 
+import math
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType
 
 # Dense bfloat16 FLOP/s a chip, from the vendors' data sheets.
@@ -23,14 +25,23 @@ PEAK_BFLOAT16 = {
 
 
 def peak_flops(device: Any) -> float:
-    """FLOP/s of one device: from the table by the longest matching name, else timed.
+    """FLOP/s of one device: from the table by the longest matching name.
 
     On a CPU the rate depends on the machine, so a float32 product of 1024 x 1024 is
-    timed (about 50 ms) and shared evenly among the forced devices of the process.
+    timed (about 50 ms) and shared evenly among the forced devices of the process. Of
+    another accelerator that is not in the table it is a NaN: a product too small or of
+    another precision would make a utilisation that looks like one and is none.
     """
     matches = [name for name in PEAK_BFLOAT16 if device.device_kind.startswith(name)]
     if matches:
         return PEAK_BFLOAT16[max(matches, key=len)]
+    if device.platform != "cpu":
+        logging.warning(
+            "MFU is not reported: the peak of %r is not known; add it to the table of "
+            "navit_jax/peak_flops.py",
+            device.device_kind,
+        )
+        return math.nan
     side, times = 1024, []
     # A mesh of this device alone, or an ambient one would take the product everywhere.
     with jax.set_mesh(
@@ -44,5 +55,4 @@ def peak_flops(device: Any) -> float:
             product(x).block_until_ready()
             times.append(time.perf_counter() - begun)
     # The forced devices of one CPU share its cores.
-    shared_by = jax.local_device_count() if device.platform == "cpu" else 1
-    return 2 * side**3 / min(times) / shared_by
+    return 2 * side**3 / min(times) / jax.local_device_count()

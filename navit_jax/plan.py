@@ -4,6 +4,7 @@ Prints padding, images a row, slot use and attention work of the packing plan, w
 reading a pixel, and draws a picture of packed rows.
 """
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,26 +15,56 @@ from etils import epath
 from navit_jax import command_line, experiment, pictures
 from navit_jax import config as config_lib
 from navit_jax.data import Stream
+from navit_jax.data.plan import Plan
 from navit_jax.errors import ConfigError
+
+# Windows planned along a run whose token dropping is scheduled: a step of the rate is
+# then placed to 1/64 of the run.
+PLACES = 32
+
+
+def images_of_run(plan: Plan, steps: int) -> int:
+    """Images that so many steps will see, to about 1 %.
+
+    A schedule of the drop rate changes the images a row along the run, so rows are
+    summed over windows spread over it.
+    """
+    rows = plan.rows * steps
+    first, last = plan.token_drop.average(np.array([0, 2**62]))
+    places = 1 if first == last else PLACES
+    images = float(rows * plan.slots)  # No run sees more.
+    for _ in range(2):
+        ends = np.linspace(0, images, places + 1)
+        rows_an_image = []
+        for middle in (ends[1:] + ends[:-1]) / 2:
+            numbers = range(2**62)
+            number = bisect.bisect_right(numbers, middle, key=plan.images_before) - 1
+            window = plan.plan_window(*plan.label(number))
+            rows_an_image.append(len(window) / window.starts[-1])
+        reached = np.cumsum([0, *rows_an_image]) * images / places
+        beyond = max(0, rows - reached[-1]) / rows_an_image[-1]
+        images = float(np.interp(rows, reached, ends)) + beyond
+    return round(images)
 
 
 def packing_report(stream: Stream, steps: int, windows: int = 1) -> str:
     """A table of what the first windows of the training stream are like.
 
     Args:
-      steps: Of the run.
-      windows: How many are planned for it.
+      steps: Of the run, whose images and drop rates are told too.
+      windows: How many the table is of.
     """
     plan = stream.plan
     report = plan.report(windows)
-    images = round(report["images_per_row"] * plan.rows * steps)
+    images = images_of_run(plan, steps)
     shares = zip(stream.loader.names, report["source_shares"], strict=True)
     epoch = sum(len(table) for table in plan.tables)
     ends = plan.token_drop.average(np.array([0, images]))
     rates = [f"{rate:.2f}" for rate in ends]
     lines = [
         ("batch", f"{plan.rows} rows x {plan.tokens} tokens x {plan.slots} slots"),
-        ("planned here", f"{report['rows']:,} rows, {report['images']:,} images"),
+        ("planned here", f"the first {report['rows']:,} rows, "
+         f"{report['images']:,} images"),
         ("padding", f"{report['padding']:.2%} of the tokens"),
         ("images a row", f"{report['images_per_row']:.2f}"),
         ("slot use", f"{report['slot_use']:.1%}; {report['full_rows']:.1%} of the rows"

@@ -1,6 +1,7 @@
 """Gathers what the steps of an interval say, and tells it: line, jsonl, TensorBoard."""
 
 import collections
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from absl import logging
 
 from navit_jax import reporting
 from navit_jax.batch import BatchInfo
+from navit_jax.data.quality import SHRUNK, Named
 from navit_jax.host_signals import Totals
 
 Sums = collections.Counter[str]
@@ -29,7 +31,6 @@ class Progress:
         report_every: int,
         rows: int,
         num_tokens: int,
-        schedule: Callable[[int], Any],
         flops: Callable[[float, float, float], float],
         peak_flops: float,
         state: Mapping[str, Any] | None = None,
@@ -39,14 +40,13 @@ class Progress:
         Args:
           rows: Rows of the global batch.
           num_tokens: Tokens of a row.
-          schedule: Learning rate by count of updates.
           flops: Training FLOPs of (tokens, sum of n_i^2, images).
-          peak_flops: FLOP/s of all devices together.
+          peak_flops: FLOP/s of all devices together; a NaN if not known: no MFU then.
           state: What `state()` gave.
         """
         self.writer, self.steps, self.every = writer, steps, report_every
         self.rows, self.num_tokens = rows, num_tokens
-        self.schedule, self.flops, self.peak = schedule, flops, peak_flops
+        self.flops, self.peak = flops, peak_flops
         state = state or {}
         # Of the run; of the interval; of the steps since the clock last ticked.
         self.run: Sums = collections.Counter(state.get("run", {}))
@@ -54,6 +54,7 @@ class Progress:
         self.timed: Sums = collections.Counter()
         self.clock = reporting.Clock(steps)
         self.seconds_aside = 0.0
+        self.shrunk = Named(SHRUNK)
 
     def state(self) -> dict[str, dict[str, float | int]]:
         """What a checkpoint keeps; JSON-able."""
@@ -73,7 +74,9 @@ class Progress:
         self.run.update(
             "share/" + name.split(":", 1)[0] for row in info.keys for name in row
         )
-        self.run.update({"shrunk": info.shrunk, "tokens_seen": int(counts["tokens"])})
+        self.shrunk.note(info.shrunk)
+        tokens = int(counts["tokens"])
+        self.run.update({"shrunk": len(info.shrunk), "tokens_seen": tokens})
         self.timed.update({"steps": 1, **counts})
         self.interval.update({"steps": 1, **counts})
         # A step that was not finite is counted, and left out of the interval's means.
@@ -100,11 +103,11 @@ class Progress:
             f"train/{n[6:]}": sums[n] / max(sums[f"weight/{n[6:]}"], 1) for n in names
         }
         throughput, left = self._tick(step)
-        rows, updates = sums["steps"] * self.rows, step - 1 - int(metrics["nonfinite"])
+        rows = sums["steps"] * self.rows
         values = {
             **(means or {"train/loss": float("nan")}),
             "train/gradient_norm": float(metrics["gradient_norm"]),
-            "train/learning_rate": float(self.schedule(max(updates, 0))),
+            "train/learning_rate": float(metrics["learning_rate"]),
             "train/nonfinite_steps": int(metrics["nonfinite"]),
             "pack/padding": 1 - sums["tokens"] / (rows * self.num_tokens),
             "pack/images_per_row": sums["images"] / rows,
@@ -130,12 +133,15 @@ class Progress:
         useful = self.flops(real, float(sums["attention_pairs"]), images)
         tokens = float(sums["steps"] * self.rows * self.num_tokens)
         padded = self.flops(tokens, tokens * self.num_tokens, images)
+        utilisation = {
+            "throughput/mfu": useful / seconds / self.peak,
+            "throughput/mfu_padded": padded / seconds / self.peak,
+        }
         return {
             "throughput/step_seconds": seconds / sums["steps"],
             "throughput/images_per_second": images / seconds,
             "throughput/tokens_per_second": real / seconds,
-            "throughput/mfu": useful / seconds / self.peak,
-            "throughput/mfu_padded": padded / seconds / self.peak,
+            **({} if math.isnan(self.peak) else utilisation),
         }
 
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:

@@ -1,8 +1,10 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard events."""
 
+import contextlib
 import importlib
 import json
 import math
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -30,12 +32,13 @@ class MetricWriter:
         self._events = None
         if not active:
             return
-        records = read_metrics(workdir)
-        kept = [r for r in records if r["step"] <= first_step]
-        if len(kept) < len(records) or not self.path.exists():
+        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
+        text = "".join(json.dumps(r) + "\n" for r in kept)
+        # Other than what is kept is also a cut last line, which would spoil the next.
+        if not self.path.exists() or self.path.read_text() != text:
             # Written beside it first: a kill in this moment must not lose the history.
             rest = workdir / "metrics.jsonl.tmp"
-            rest.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            rest.write_text(text)
             rest.replace(self.path)
         self._events = _open_events(workdir, first_step)
 
@@ -58,25 +61,28 @@ class MetricWriter:
             _write_scalars(self._events, step, values)
         except OSError as error:
             logging.warning("TensorBoard events stop here: %s", error)
-            self._events = None
+            self.close()
 
     def close(self) -> None:
-        """Closes the event file."""
-        if self._events is not None:
-            self._events.close()
+        """Closes the event file, even if what is left of it finds no room."""
+        events, self._events = self._events, None
+        if events is not None:
+            with contextlib.suppress(OSError):
+                events.close()
 
 
 def _write_scalars(events: Any, step: int, values: Mapping[str, Any]) -> None:
     from tensorboardX import summary
 
-    event_pb2, now = _event_classes(), time.time()
     for name, value in values.items():
         if isinstance(value, int | float):
-            scalar = summary.scalar(name, value)
-            events.write_event(
-                event_pb2.Event(wall_time=now, step=step, summary=scalar)
-            )
+            _write_event(events, step=step, summary=summary.scalar(name, value))
     events.flush()
+
+
+def _write_event(events: Any, **fields: Any) -> None:
+    event = _event_classes().Event(wall_time=time.time(), **fields)
+    events.write(event.SerializeToString())
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -97,19 +103,19 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 
 def _open_events(workdir: epath.Path, first_step: int) -> Any:
     try:
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.record_writer import RecordWriter
 
         # Not its SummaryWriter: that one's thread dies of a full disk in silence, and
         # then it waits for ever.
-        event_pb2, folder = _event_classes(), workdir / "tensorboard"
+        folder, host = workdir / "tensorboard", socket.gethostname()
         folder.mkdir(parents=True, exist_ok=True)
-        events = EventsWriter(str(folder / "events"))
+        name = f"events.out.tfevents.{time.time():.0f}.{host}"
+        events = RecordWriter(str(folder / name))
+        _write_event(events, file_version="brain.Event:2")
         # Hides what an earlier writer told of later steps: the run makes them again.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        now = time.time()
-        events.write_event(
-            event_pb2.Event(wall_time=now, step=first_step + 1, session_log=start)
-        )
+        log = _event_classes().SessionLog
+        start = log(status=log.START)
+        _write_event(events, step=first_step + 1, session_log=start)
         return events
     except OSError as error:
         logging.warning("no TensorBoard events: %s", error)

@@ -16,6 +16,7 @@ from etils import epath
 
 from navit_jax import config as config_lib
 from navit_jax import run_lock
+from navit_jax.data import codec
 from navit_jax.errors import ConfigError
 
 # Keys that change neither the batches nor what a step computes from them.
@@ -62,7 +63,7 @@ def store_config(
     if path.exists():
         _check_same(path, config, allow_config_change)
     if jax.process_index() == 0:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+        _store(path, json.dumps(config, indent=2, sort_keys=True))
         (workdir / "environment.json").write_text(json.dumps(environment(), indent=2))
 
 
@@ -75,9 +76,23 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 
 
 def store_class_names(workdir: epath.Path, class_names: Sequence[str]) -> None:
-    """Keeps the classes by number, for whoever uses the model without its data."""
+    """Keeps the classes by number, for whoever uses the model without its data.
+
+    Raises:
+      ConfigError: the run has begun with other classes.
+    """
+    path, names = workdir / "classes.json", list(class_names)
+    if path.exists() and (old := read_class_names(workdir)) != names:
+        changed = [
+            f"{a!r} -> {b!r}" for a, b in zip(old, names, strict=False) if a != b
+        ]
+        raise ConfigError(
+            f"the sources have other classes than {path}: {len(old)} then, "
+            f"{len(names)} now; {', '.join(changed[:4])}; restore them, or use another "
+            "--workdir"
+        )
     if jax.process_index() == 0:
-        (workdir / "classes.json").write_text(json.dumps(list(class_names)))
+        _store(path, json.dumps(names))
 
 
 def read_class_names(workdir: epath.Path) -> list[str]:
@@ -87,7 +102,7 @@ def read_class_names(workdir: epath.Path) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """What the numbers of a run may depend on besides its config."""
-    names = ("navit_jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "pillow")
+    names = ("navit_jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain")
     return {
         "python": sys.version.split()[0],
         "machine": platform.machine(),
@@ -96,9 +111,16 @@ def environment() -> dict[str, Any]:
         "devices": [d.device_kind for d in jax.devices()],
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "versions": {name: metadata.version(name) for name in names},
+        "versions": {n: metadata.version(n) for n in names} | codec.versions(),
         "command": sys.argv,
     }
+
+
+def _store(path: epath.Path, text: str) -> None:
+    """Writes in one move: others may be reading, and a kill must not cut it."""
+    new = path.with_name(f"{path.name}.tmp")
+    new.write_text(text)
+    new.replace(path)
 
 
 def _check_same(path: epath.Path, config: Mapping[str, Any], allow: bool) -> None:

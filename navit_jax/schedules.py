@@ -51,21 +51,25 @@ def constant(
 
 
 def in_steps(value: int | float, steps: int, field: str) -> int:
-    """A number of steps, from steps (an int) or from a share of `steps` (a float < 1).
+    """A number of steps, from a number of steps or from a share of `steps` below 1.
+
+    A float is a share below 1 and a whole number of steps above it: an override of a
+    share on the command line becomes a float.
 
     Raises:
-      ConfigError: a negative value, or a float of 1 or more.
+      ConfigError: a negative value, 1.0, or a float above it that is not whole.
     """
-    if isinstance(value, float):
-        if not 0 <= value < 1:
-            raise ConfigError(
-                f"config.optim.schedule.{field}={value}: a float is a share of all "
-                "steps, at least 0 and below 1; write a number of steps as an int"
-            )
-        return round(value * steps)
     if value < 0:
         raise ConfigError(f"config.optim.schedule.{field}={value} is negative")
-    return value
+    if isinstance(value, float):
+        if value < 1:
+            return round(value * steps)
+        if value == 1 or not value.is_integer():
+            raise ConfigError(
+                f"config.optim.schedule.{field}={value}: give a share of all steps, "
+                "below 1, or a whole number of steps"
+            )
+    return int(value)
 
 
 def _shape(

@@ -1,11 +1,13 @@
 """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT leaves at once."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from absl import logging
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 class StopRequest:
@@ -15,12 +17,19 @@ class StopRequest:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        name = signal.Signals(number).name
         if self.requested and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         if not self.requested:
-            logging.warning("%s: saving after this step, then leaving with 42", name)
-        self.requested = True
+            self.requested = True
+            name = signal.Signals(number).name
+            # Not by logging: what the signal interrupted may be writing to its buffer.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{name}: leaving with 42 as soon as saved\n".encode())
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; all must call this at one point."""
+        asked = multihost_utils.process_allgather(np.bool_(self.requested))
+        return bool(asked.any())
 
 
 @contextlib.contextmanager

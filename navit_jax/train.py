@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
 from etils import epath
@@ -17,10 +16,10 @@ from navit_jax import (
     checkpoint,
     command_line,
     compile,
-    evaluate,
+    culprits,
+    evaluator,
     experiment,
     host_signals,
-    isolation,
     peak_flops,
     run_folder,
     sharding,
@@ -32,6 +31,8 @@ from navit_jax.data.quality import QualityLimit
 from navit_jax.errors import PREEMPTED, NumericsError
 from navit_jax.progress import Progress
 from navit_jax.reporting import MetricWriter
+
+SLOW_READER_SECONDS = 10.0
 
 
 def train(
@@ -119,9 +120,10 @@ class Run:
         self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
         class_names = self.stream.class_names
         run_folder.store_class_names(workdir, class_names)
-        self.evaluator = evaluate.Evaluator(config, self.task, mesh, class_names)
+        self.evaluator = evaluator.Evaluator(config, self.task, mesh, class_names)
         self.progress = self._progress(program, meta)
-        self.last_eval: dict[str, float] = {}
+        # Whether the state should have been judged, but the run was told to stop.
+        self.owed: bool = meta.get("owed", False)
         self.tracing = False
 
     def run(self, profile: tuple[int, int] | None = None) -> int:
@@ -136,12 +138,22 @@ class Run:
 
     def _loop(self, profile: tuple[int, int] | None) -> int:
         """Steps, reports, evaluates, saves; returns the exit code."""
+        # What was asked for while all was built: there is nothing new to save.
+        step, stopped = self.first, self.stop.agreed()
+        if self.owed and not stopped:
+            self._evaluate(step)
+            stopped = self.owed
         batches = self.stream.batches(self.rows, self.position)
         pending: list[tuple[int, PackedBatch, BatchInfo, Any]] = []
-        step, stopped = self.first, False
         while step < self.steps and not stopped:
             self._trace(profile, step)
+            begun = time.monotonic()
             host, info = next(batches)
+            if (waited := time.monotonic() - begun) > SLOW_READER_SECONDS:
+                logging.warning(
+                    "step %d: process %d waited %.0f s for its images: slow reader",
+                    step + 1, jax.process_index(), waited,
+                )  # fmt: skip
             numbers = host_signals.encode(info, self.stop.requested)
             batch, numbers = sharding.place((host, numbers), self.mesh)
             self.state, metrics = self.step_fn(self.state, batch, numbers)
@@ -154,9 +166,10 @@ class Run:
                     stopped |= self._read(*pending.pop(0))
                 # A checkpoint holds what it was judged by; who is told to stop has no
                 # time to judge.
-                self.last_eval = {} if stopped else self._evaluate(step)
-                self._save(step)
-        return PREEMPTED if step < self.steps else 0
+                self._save(step, self._evaluate(step, stopped))
+                # Asked meanwhile: what is saved is enough, no step more.
+                stopped = stopped or self.stop.agreed()
+        return PREEMPTED if step < self.steps or self.owed else 0
 
     def _due(self, step: int, *names: str) -> bool:
         every = [getattr(self.options, name) for name in names]
@@ -181,19 +194,13 @@ class Run:
         self, step: int, host: PackedBatch, info: BatchInfo, metrics: Any
     ) -> None:
         """Names the images of a step that changed nothing, and ends the run if many."""
-        culprits = self._culprits(host, info)
-        names = [name for row in info.keys for name in row]
-        host_name = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = self.workdir / f"nonfinite_step_{step}{host_name}.txt"
-        lines = [f"alone not finite: {name}" for name in culprits] + names
-        path.write_text("\n".join(lines) + "\n")
-        logging.error(
-            "step %d is not finite (loss %s, gradient %s) and changed nothing: %s; "
-            "its %d images are named in %s",
-            step, metrics["loss"], metrics["gradient_norm"],
-            f"by {', '.join(culprits)}" if culprits else "no image alone has that loss",
-            len(names), path,
-        )  # fmt: skip
+
+        def judge(batch: PackedBatch) -> Any:
+            placed = sharding.place(batch, self.mesh)
+            return jax.device_get(self.judge(self.state.params, placed))
+
+        named = culprits.find(judge, host, info)
+        path = culprits.report(self.workdir, step, named, info, metrics)
         if metrics["nonfinite"] > self.options.nonfinite_steps:
             raise NumericsError(
                 f"{metrics['nonfinite']} steps were not finite, the limit is "
@@ -201,28 +208,19 @@ class Run:
                 f"config.optim.lr, or look at the images in {path}"
             )
 
-    def _culprits(self, host: PackedBatch, info: BatchInfo) -> list[str]:
-        """The images of this host whose loss is not finite alone, by name."""
-        if jax.process_count() > 1:
-            return []  # Other hosts would have to run along.
-        found = isolation.find_nonfinite(
-            lambda batch: self.judge(self.state.params, batch), host
-        )
-        if not len(found):
-            return []
-        same = [(host.image_ids == image).all(-1) & host.image_mask for image in found]
-        return [info.keys[row][slot] for row, slot in np.argwhere(np.any(same, 0))]
-
-    def _evaluate(self, step: int) -> dict[str, float]:
-        if not (self.evaluator.streams and self._due(step, "evaluate_every")):
-            return {}
-        begun = time.monotonic()
-        params = self.state.ema or self.state.params
-        values = self.evaluator.run(params)
-        self.progress.evaluated(step, values, time.monotonic() - begun)
+    def _evaluate(self, step: int, stopped: bool = False) -> dict[str, float]:
+        """Judges the parameters if it is time; {} if not, or if asked to stop."""
+        due = bool(self.evaluator.streams) and self._due(step, "evaluate_every")
+        begun, values = time.monotonic(), {}
+        if due and not stopped:
+            params = self.state.ema or self.state.params
+            values = self.evaluator.run(params, self.stop.agreed)
+        self.owed = due and not values
+        if values:
+            self.progress.evaluated(step, values, time.monotonic() - begun)
         return values
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, judged: Mapping[str, float]) -> None:
         self.check_lock()
         metadata = {
             "position": self.place.position,
@@ -231,8 +229,9 @@ class Run:
             "progress": self.progress.state(),
             "quality": self.quality.window(),
             "environment": run_folder.environment(),
+            "owed": self.owed,
         }
-        self.saves.save(step, self.state, metadata, self.last_eval)
+        self.saves.save(step, self.state, metadata, judged)
 
     def _trace(self, window: tuple[int, int] | None, step: int) -> None:
         """Starts a profiler trace in the window of steps, and stops it after it."""
@@ -254,9 +253,9 @@ class Run:
             report_every=self.options.report_every,
             rows=plan.rows,
             num_tokens=plan.tokens,
-            schedule=program.schedule,
             flops=experiment.flops_counter(self.config),
-            peak_flops=peak_flops.peak_flops(jax.devices()[0]) * jax.device_count(),
+            peak_flops=peak_flops.peak_flops(jax.local_devices()[0])
+            * jax.device_count(),
             state=meta.get("progress"),
         )
 
@@ -272,13 +271,12 @@ def define_main() -> Callable[[], int]:
     window = flags.DEFINE_list("profile", None, "First and last step of a trace: 10,15")
 
     def main() -> int:
-        trace = window.value
         return train(
             config_lib.resolve(config.value),
             workdir.value,
             take_over=take_over.value,
             allow_config_change=allow.value,
-            profile=(int(trace[0]), int(trace[1])) if trace else None,
+            profile=command_line.parse_window("profile", window.value),
         )
 
     return main

@@ -44,7 +44,7 @@ def init_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     batch: PackedBatch,
-    ema_decay: float = 0.0,
+    ema_decay: float | int = 0.0,
 ) -> TrainState:
     """A fresh state; `batch` gives shapes only."""
     params = task.init(key, batch)
@@ -125,7 +125,7 @@ def train_step(
     seed: int,
     accumulate: int = 1,
     shards: int = 1,
-    ema_decay: float = 0.0,
+    ema_decay: float | int = 0.0,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step: a pure function of state and batch.
 

@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import pathlib
+import resource
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: unoptimised code takes a third of the time.
@@ -35,3 +37,13 @@ def parsed_flags():
     # grain reads absl flags, which only app.run() parses.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def full_at():
+    """Sets the size in bytes of a file at which the disk is full; -1 makes room."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)

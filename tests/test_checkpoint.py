@@ -1,9 +1,7 @@
 import gc
 import json
 import logging
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -111,6 +109,36 @@ def test_a_state_comes_back_to_the_bit_on_any_mesh(folder, sizes):
 def test_an_empty_folder_gives_none_and_is_created(tmp_path):
     assert restore(tmp_path / "a" / "b") is None
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_own_checkpoints_come_before_those_of_the_run_to_go_on_from(folder, tmp_path):
+    own, before = tmp_path / "own", {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    for newest in (2, 1):
+        with checkpoint.Checkpoints(own, resume=str(folder.parent)) as saves:
+            assert saves.restore(abstract()).step == newest
+            # Its step may be lower than the other run's.
+            assert saves.save(1, STATES[1], {}) == (newest == 2)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_damage_in_the_run_to_go_on_from_is_passed_over_and_left_there(
+    folder, tmp_path, caplog
+):
+    (folder / "2/state/manifest.ocdbt").unlink()
+    before = sorted(folder.rglob("*"))
+    with checkpoint.Checkpoints(tmp_path / "own", resume=str(folder.parent)) as saves:
+        assert saves.restore(abstract()).step == 1
+    assert "CHECKPOINT DAMAGED: step 2" in caplog.text
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_without_checkpoints_is_nothing_to_go_on_from(tmp_path):
+    with (
+        checkpoint.Checkpoints(tmp_path / "own", resume=str(tmp_path)) as saves,
+        pytest.raises(ConfigError, match=r"checkpoint\.resume='.*' has no checkpoint"),
+    ):
+        saves.restore(abstract())
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 FILES = [
@@ -347,26 +375,14 @@ def test_leftovers_of_an_interrupted_save_are_removed(folder):
     assert restore(folder).step == 3
 
 
-@pytest.fixture
-def small_disk():
-    """Files of this process can not grow beyond 100 kB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
-
-
-def test_a_full_disk_is_an_error_at_the_next_call_and_old_steps_stay(
-    folder, small_disk
-):
+def test_a_full_disk_is_an_error_at_the_next_call_and_old_steps_stay(folder, full_at):
     big = {"params": {"kernel": jax.random.normal(jax.random.key(0), (400, 400))}}
+    full_at(100_000)
     saves = checkpoint.Checkpoints(folder)
     # It shows at once, or when the save in the background is waited for.
     with pytest.raises(CheckpointError, match=r"step 3.*File too large(.|\n)*\[1, 2\]"):
         _ = saves.save(3, big, {}) and saves.save(4, big, {})
-    small_disk()
+    full_at(-1)
     # The run may go on when there is room again.
     assert saves.save(4, STATES[4], {"position": [4, 0]})
     saves.close()
@@ -374,8 +390,9 @@ def test_a_full_disk_is_an_error_at_the_next_call_and_old_steps_stay(
     assert saved_steps.find(folder) == [1, 2, 4]
 
 
-def test_a_save_that_failed_is_not_forgotten_at_the_end(folder, small_disk):
+def test_a_save_that_failed_is_not_forgotten_at_the_end(folder, full_at):
     big = {"params": {"kernel": jax.random.normal(jax.random.key(0), (400, 400))}}
+    full_at(100_000)
     with (
         pytest.raises(CheckpointError, match="saving step 3"),
         checkpoint.Checkpoints(folder) as saves,

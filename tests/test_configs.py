@@ -8,7 +8,12 @@ from navit_jax import config as config_lib
 from navit_jax.errors import ConfigError
 
 CONFIGS = [
-    *((str(p.relative_to(tiny.ROOT)),) for p in tiny.ROOT.glob("configs/*.py")),
+    *(
+        (str(p.relative_to(tiny.ROOT)),)
+        for p in tiny.ROOT.glob("configs/*.py")
+        if p.stem != "folder"
+    ),
+    ("configs/folder.py", "/pictures"),
     ("configs/vit_baseline.py", "full"),
     ("configs/navit_classification.py", "variant=L/14,res=56:224"),
 ]
@@ -21,7 +26,7 @@ def test_every_config_describes_a_state_and_a_plan(call):
     # Sets that are not here are stood in for: laws, sizes and shapes are the config's.
     for section in [config["data"], *config["evals"].values()]:
         for name, source in section["sources"].items():
-            if source["name"] == "tfds":
+            if source["name"] in ("tfds", "folder"):
                 section["sources"][name] = {"name": "clipart", "split": "train"}
     config["data"] = {**config["data"], "num_labels": 3}
     stream = experiment.build_stream(config)

@@ -132,6 +132,34 @@ def test_pixels_and_tokens_are_checked_too():
         check_isolation(lambda b: tokens(b) + leak_of_row(b), batch, gradients=False)
 
 
+def crop_row(batch, num_tokens, num_slots):
+    """The first row alone, with so many tokens and slots."""
+    first = jax.tree.map(lambda leaf: leaf[:1], batch)
+    tokens = {k: getattr(first, k)[:, :num_tokens] for k in ("patches", "coords")}
+    slots = {k: getattr(first, k) for k in ("grids", "image_mask", "image_ids")}
+    slots = {
+        k: np.pad(v, [(0, 0), (0, num_slots - N), *[(0, 0)] * (v.ndim - 2)])
+        for k, v in slots.items()
+    }
+    segment_ids = first.segment_ids[:, :num_tokens]
+    return first.replace(segment_ids=segment_ids, **tokens, **slots)
+
+
+@pytest.mark.parametrize("pooling", ["map", "none"])
+def test_as_many_slots_as_tokens_confuse_nothing(pooling):
+    batch = crop_row(BATCH, num_tokens=20, num_slots=20)
+    report = check_isolation(navit(pooling), batch)
+    assert (report.images, report.changes) == (3, 3 + 1)
+    with pytest.raises(IsolationError, match=r"row 0, slot 1 .* changes with row"):
+        check_isolation(lambda b: navit(pooling)(b) + leak_of_row(b).mean(), batch)
+    spoiled = np.array(batch.patches)
+    spoiled[0, 8] = np.nan  # the second image begins at token 7
+    spoiled = batch.replace(patches=spoiled)
+    if pooling == "map":
+        found = find_nonfinite(jax.jit(navit("map")), spoiled)
+        np.testing.assert_array_equal(found, [(0, 2)])
+
+
 def test_a_model_blind_to_its_patches_proves_nothing():
     with pytest.raises(IsolationError, match="nothing is proved"):
         check_isolation(lambda batch: mean(batch) * 0, BATCH)

@@ -53,7 +53,9 @@ def expected_rate(name, t, S, W, C, timescale):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(
-    "warmup, W", [(0, 0), (20, 20), (0.1, 20)], ids=["none", "steps", "share"]
+    "warmup, W",
+    [(0, 0), (20, 20), (0.1, 20), (20.0, 20)],
+    ids=["none", "steps", "share", "steps in place of a share"],
 )
 @pytest.mark.parametrize("cooldown, C", [(0, 0), (50, 50), (0.25, 50)])
 def test_a_schedule_follows_its_formula(name, warmup, W, cooldown, C):
@@ -72,7 +74,9 @@ def test_a_schedule_follows_its_formula(name, warmup, W, cooldown, C):
             {"warmup": 60, "cooldown": 0.5},
             r"60 \+ 50 steps, more than config.steps=100",
         ),
-        ({"warmup": 1.0}, "warmup=1.0: a float is a share"),
+        ({"warmup": 1.0}, "warmup=1.0: give a share"),
+        ({"warmup": 20.5}, "warmup=20.5: give a share"),
+        ({"warmup": float("inf")}, "warmup=inf: give a share"),
         ({"cooldown": -1}, "cooldown=-1 is negative"),
         ({"warm": 1}, "optim.schedule.warm is unknown; did you mean 'warmup'"),
     ],

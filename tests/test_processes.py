@@ -2,10 +2,12 @@
 
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 
+import kills
 import numpy as np
 import pytest
 import tiny
@@ -13,19 +15,28 @@ from etils import epath
 
 from navit_jax import reporting, train
 
+TESTS = str(pathlib.Path(__file__).parent)
 PROGRAM = """
 import json, sys, jax
-address, index, config, workdir = sys.argv[1:]
+address, index, config, workdir, point = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(index))
 from absl import flags
 flags.FLAGS.mark_as_parsed()
-from navit_jax import train
+import kills
+from navit_jax import compile, evaluator, host_signals, records, train
+if point and index == "1":
+    owner, name, call = point.split()
+    kills.signal_at(eval(owner), name, int(call))
 sys.exit(train.train(json.loads(config), workdir))
 """
 
 
-def run_two(config, workdir):
-    """Trains on two processes; returns what each said and its exit code."""
+def run_two(config, workdir, point=""):
+    """Trains on two processes; returns what each said and its exit code.
+
+    Args:
+      point: "owner name call" of `kills.signal_at`: where the second one is signalled.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -39,9 +50,10 @@ def run_two(config, workdir):
                 address,
                 str(i),
                 json.dumps(config),
-                workdir,
+                str(workdir),
+                point,
             ],
-            env={**os.environ, "XLA_FLAGS": flags},
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": TESTS},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -80,3 +92,40 @@ def test_two_processes_train_as_one_and_one_goes_on_with_the_same_batches(
     np.testing.assert_allclose(
         told(two, "train/loss"), told(reference, "train/loss"), rtol=1e-4
     )
+
+
+# Where one of the two processes is told to stop, and the only step that is saved then.
+STOPS = {
+    "compile.Program step 1": None,
+    "host_signals encode 1": 3,
+    "evaluator.Evaluator _run_one 1": 3,
+    "records make 1": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "unbroken"
+    said, codes = run_two(judged(), workdir)
+    assert codes == [0, 0], "\n".join(said)
+    return workdir
+
+
+def judged():
+    source = {"name": "clipart", "split": "validation"}
+    evals = {"validation": {"sources": {"clipart": source}, "sides": (32,)}}
+    return tiny.config(evals=evals, train__report_every=1, train__evaluate_every=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", STOPS)
+def test_one_process_told_to_stop_takes_both_along_and_they_go_on_without_a_trace(
+    point, unbroken, tmp_path
+):
+    said, codes = run_two(judged(), tmp_path, point)
+    assert codes == [42, 42], "\n".join(said)
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert saved == ([str(STOPS[point])] if STOPS[point] else [])
+    said, codes = run_two(judged(), tmp_path)
+    assert codes == [0, 0], "\n".join(said)
+    kills.assert_same_runs(tmp_path, unbroken)

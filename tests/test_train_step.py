@@ -145,18 +145,29 @@ class Poisoned:
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(batches):
-    config = tiny.config(**LEARNING, train__ema=0.9)
+    # An update is the learning rate in each direction, and the first one is 0.
+    section = {
+        "name": "adamw", "lr": 1e-3, "schedule": {"name": "constant", "warmup": 4},
+        "weight_decay": 0.0, "b1": 0.0, "b2": 0.0, "eps": 1e-12,
+    }  # fmt: skip
+    config = tiny.config(optim=section, steps=100, train__ema=0.9)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     stream = experiment.build_stream(config)
     image = tuple(batches[1][0].image_ids[0, 0].tolist())
     task = Poisoned(experiment.build_task(config, stream.num_classes), image)
-    before, _ = run(config, batches[:1], mesh, task)
-    after, metrics = run(config, batches[:2], mesh, task)
-    assert [bool(m["finite"]) for m in metrics] == [True, False]
-    assert (after.step, after.nonfinite) == (2, 1)
+    fresh, _ = run(config, [], mesh, task)
+    clean, _ = run(config, [batches[0], batches[2]], mesh, task)
+    state, metrics = run(config, batches[:3], mesh, task)
+    assert [bool(m["finite"]) for m in metrics] == [True, False, True]
+    assert (state.step, state.nonfinite) == (3, 1)
     for part in ("params", "opt_state", "ema"):
-        chex.assert_trees_all_equal(getattr(after, part), getattr(before, part))
-    chex.assert_tree_all_finite(after.params)
+        chex.assert_trees_all_equal(getattr(state, part), getattr(clean, part))
+    chex.assert_tree_all_finite(state.params)
+    # The warmup counts updates, and the third step is the second of them.
+    rates = [m["learning_rate"] for m in metrics]
+    np.testing.assert_allclose(rates, [0, 1e-3 / 4, 1e-3 / 4], rtol=1e-6)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, fresh.params)
+    assert max(jax.tree.leaves(moved)) == pytest.approx(rates[2], rel=1e-3)
 
 
 def test_the_running_mean_follows_the_parameters(batches):

@@ -6,8 +6,8 @@ S tokens of a block.
 Speed is its purpose. The rows are read as one sequence of Z tokens. Blocks of queries
 end where an image ends, if one does within S tokens; the keys of a block are the
 contiguous range of its images, from the first token of the first one. On images of
-side 64 to 256 in rows of 4096 `count_scores` gives 1.4 times the least work, which is
-the sum of n x n over images of n tokens (blocks on a fixed grid: 1.8 times). Softmax
+side 64 to 256 in rows of 4096 `count_scores` gives 1.41 times the least work, which is
+the sum of n x n over images of n tokens (`python benchmarks/attention.py`). Softmax
 runs over the key blocks with a running maximum and sum (FlashAttention, algorithm 1);
 the gradient recomputes the scores and keeps only the log of each query's sum.
 """

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int, Key
 
 # What a block does to its residual branches: {} when nothing is random.
 Draws = dict[str, Any]
-BRANCHES = 2
 
 
 def draw(

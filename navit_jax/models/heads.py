@@ -18,7 +18,7 @@ class Linear(nn.Module):
     """
 
     num_classes: int
-    bias_init: float = 0.0
+    bias_init: float | int = 0.0
 
     @nn.compact
     def __call__(self, vectors: Float[Array, "*S D"]) -> Float[Array, "*S C"]:

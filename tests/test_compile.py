@@ -1,0 +1,26 @@
+import chex
+import jax
+import tiny
+
+from navit_jax import compile, experiment, initialise, sharding
+
+
+def test_parameters_of_another_run_begin_the_running_mean_too(monkeypatch):
+    loaded = []
+
+    def from_run(params, *, workdir):
+        loaded.append(jax.tree.map(lambda x: x + 1, params))
+        return loaded[0]
+
+    monkeypatch.setattr(initialise, "from_run", from_run)
+    config = tiny.config(train__ema=0.9, model__init={"workdir": "another"})
+    stream, mesh = experiment.build_stream(config), sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        task = experiment.build_task(config, stream.num_classes)
+        program = compile.Program(config, task, stream.example(), mesh)
+        state = program.first_state()
+    chex.assert_trees_all_equal(state.params, loaded[0])
+    chex.assert_trees_all_equal(state.ema, loaded[0])
+    # The first step donates both: no buffer may be shared.
+    shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards]
+    assert len({s.data.unsafe_buffer_pointer() for s in shards}) == len(shards)

@@ -1,0 +1,32 @@
+import pytest
+from etils import epath
+
+from navit_jax import run_folder
+from navit_jax.errors import ConfigError
+
+
+def test_classes_are_kept_and_others_under_the_same_numbers_are_refused(tmp_path):
+    workdir = epath.Path(tmp_path)
+    run_folder.store_class_names(workdir, ("ant", "bee", "cat"))
+    run_folder.store_class_names(workdir, ("ant", "bee", "cat"))
+    with pytest.raises(ConfigError, match="3 then, 3 now; 'ant' -> 'bee', 'bee' -> "):
+        run_folder.store_class_names(workdir, ("bee", "cat", "zebra"))
+    with pytest.raises(ConfigError, match="3 then, 4 now"):
+        run_folder.store_class_names(workdir, ("ant", "bee", "cat", "dog"))
+    assert run_folder.read_class_names(workdir) == ["ant", "bee", "cat"]
+
+
+def test_what_a_run_is_rebuilt_from_is_never_cut(tmp_path, full_at):
+    workdir = epath.Path(tmp_path)
+    run_folder.store_config(workdir, {"seed": 1}, False)
+    run_folder.store_class_names(workdir, ("ant", "bee"))
+    full_at(5)
+    for store, value in (
+        (run_folder.store_config, ({"seed": 1}, False)),
+        (run_folder.store_class_names, (("ant", "bee"),)),
+    ):
+        with pytest.raises(OSError, match="File too large"):
+            store(workdir, *value)
+    full_at(-1)
+    assert run_folder.read_config(workdir) == {"seed": 1}
+    assert run_folder.read_class_names(workdir) == ["ant", "bee"]
