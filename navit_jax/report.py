@@ -1,65 +1,125 @@
-"""Writes `report.html` of a run: `python -m navit_jax.report runs/demo`.
+"""Writes the page of one run or several: `python -m navit_jax.report RUN...`.
 
-One self-contained page: what ran, how it learned, accuracy over resolution, padding, a
-picture of packed rows. Text that comes from data or configs is escaped.
+One self-contained HTML file: what differs, how they learned, accuracy over resolution,
+padding, packed rows, predictions on real pictures, environment, commands. Text that
+comes from data or configs is escaped.
 """
 
 import base64
 import html
-import io
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
 from etils import epath
 
+from navit_jax import (
+    charts,
+    command_line,
+    experiment,
+    plan,
+    reporting,
+    run_folder,
+    samples,
+)
 from navit_jax import config as config_lib
-from navit_jax import pictures, reporting, run_folder
-from navit_jax.errors import ConfigError
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 13px; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
 td, th { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align: left;
-         vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; } code, pre { font-size: 12.5px; background: #f6f6f6; }
+         vertical-align: top; font-variant-numeric: tabular-nums; }
+img, svg { max-width: 100%; height: auto; }
+code, pre { font-size: 12.5px; background: #f6f6f6; }
 pre { padding: .6rem; overflow-x: auto; } .note { color: #666; }
+.samples { display: flex; flex-wrap: wrap; gap: .7rem; }
+figure { margin: 0; font-size: 12px; border-top: 3px solid #bbb; padding-top: 3px; }
+figure img { height: 88px; display: block; } figcaption { max-width: 9rem; }
+figure.right { border-color: #54a24b; } figure.wrong { border-color: #e45756; }
 """
 
 
-def write_report(workdir: epath.Path) -> epath.Path:
-    """Writes the page of one run and returns its path.
+class RunOnDisk:
+    """What a run's folder holds of it.
+
+    Attributes:
+      name: Of the folder.
+      records: Of metrics.jsonl.
+      judged: Of `evaluate` if it ran, else the last evaluation of the run.
+      environment: What it ran on, and by which command.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        """Reads the folder.
+
+        Raises:
+          ConfigError: it holds no run.
+        """
+        self.workdir, self.name = workdir, workdir.name
+        self.config = run_folder.read_config(workdir)
+        self.records = reporting.read_metrics(workdir)
+        self.judged = self._read("evaluation.json").get("values", {})
+        self.environment = self._read("environment.json")
+        self.last: dict[str, Any] = {}
+        for record in self.records:
+            self.last |= record
+        if not self.judged:
+            named = self.last.items()
+            self.judged = {k: v for k, v in named if k.startswith("eval/")}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.workdir / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_report(
+    workdirs: Sequence[epath.Path], output: epath.Path, num_samples: int = 24
+) -> None:
+    """Writes the page of some runs.
+
+    Args:
+      num_samples: Pictures that each run's model is asked about; 0 loads no model.
 
     Raises:
-      ConfigError: the folder holds no run.
+      ConfigError: a folder holds no run.
     """
-    config = run_folder.read_config(workdir)
-    records = reporting.read_metrics(workdir)
-    body = "".join(
-        [
-            f"<h1>{_text(workdir.name)}</h1>",
-            _summary(config, records),
-            _section("Learning", _curves(records)),
-            _section("Accuracy over resolution", _resolutions(workdir, records)),
-            _section("Packed rows", _picture(workdir / "rows.png")),
-            _section("Commands", _commands(workdir)),
-            _section("Config", _table(config_lib.flatten(config).items())),
-            _section("Environment", _environment(workdir)),
+    runs = [RunOnDisk(workdir) for workdir in workdirs]
+    title = ", ".join(run.name for run in runs)
+    records = _named(runs, [run.records for run in runs])
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        _summary(runs),
+        _section("What differs", _differences(runs)),
+        _section("Learning", charts.draw_curves(records)),
+        _section("Accuracy over resolution", _resolutions(runs)),
+    ]
+    for run in runs:
+        of = f" of {run.name}" if len(runs) > 1 else ""
+        body += [
+            _section(f"Packed rows{of}", _rows(run)),
+            _section(f"Predictions{of}", _samples(run, num_samples)),
+            _section(f"Commands{of}", _commands(run)),
+            _section(f"Config{of}", _folded(_table(_flat(run.config)))),
+            _section(f"Environment{of}", _folded(_table(_flat(run.environment)))),
         ]
-    )
-    page = (
+    output.write_text(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{_text(workdir.name)}</title><style>{STYLE}</style></head>"
-        f"<body>{body}</body></html>"
+        "<meta name='viewport' content='width=device-width'>"
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>"
     )
-    path = workdir / "report.html"
-    path.write_text(page)
-    return path
+
+
+def _named(runs: Sequence[RunOnDisk], values: Sequence[Any]) -> dict[str, Any]:
+    """By the run's name; by its path where two have the same name."""
+    names = [run.name for run in runs]
+    unique = len(set(names)) == len(names)
+    labels = names if unique else [str(run.workdir) for run in runs]
+    return dict(zip(labels, values, strict=True))
 
 
 def _text(value: Any) -> str:
@@ -70,35 +130,52 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{_text(title)}</h2>{content}" if content else ""
 
 
-def _table(pairs: Iterable[tuple[str, Any]]) -> str:
-    rows = "".join(
-        f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in pairs
-    )
-    return f"<table>{rows}</table>"
+def _table(rows: Iterable[Sequence[Any]], header: Sequence[Any] = ()) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    lines = [f"<tr>{head}</tr>"] if header else []
+    for row in rows:
+        lines.append("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
-def _summary(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    if not records:
-        return "<p class='note'>No step was reported yet.</p>"
-    last: dict[str, Any] = {}
-    for record in records:
-        last |= record
-    shown = [
-        ("step", f"{last['step']} of {config['steps']}"),
-        ("images seen", f"{last.get('data/images_seen', 0):,}"),
-        ("tokens seen", f"{last.get('data/tokens_seen', 0):,}"),
-        ("loss of the last interval", _number(last.get("train/loss"))),
-        ("padding of the last interval", _share(last.get("pack/padding"))),
-        ("images a row", _number(last.get("pack/images_per_row"))),
-        ("images/s", _number(last.get("throughput/images_per_second"))),
-        ("images that could not be used", last.get("data/skipped", 0)),
-        ("steps skipped as not finite", last.get("train/nonfinite_steps", 0)),
-    ]
-    shown += [
-        (name, _number(value)) for name, value in last.items()
+def _folded(content: str) -> str:
+    return f"<details><summary>show</summary>{content}</details>"
+
+
+def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    return config_lib.flatten(values).items()
+
+
+def _summary(runs: Sequence[RunOnDisk]) -> str:
+    accuracies = sorted({
+        name for run in runs for name in run.last
         if name.startswith("eval/") and name.endswith("/accuracy")
-    ]  # fmt: skip
-    return _table(shown)
+    })  # fmt: skip
+    lines = [
+        ("step", [f"{r.last.get('step', 0)} of {r.config['steps']}" for r in runs]),
+        *(
+            (label, [shape(run.last.get(name)) for run in runs])
+            for label, name, shape in (
+                ("images seen", "data/images_seen", _count),
+                ("tokens seen", "data/tokens_seen", _count),
+                ("loss of the last interval", "train/loss", _number),
+                ("padding of the last interval", "pack/padding", _share),
+                ("images a row", "pack/images_per_row", _number),
+                ("images/s", "throughput/images_per_second", _number),
+                ("images that could not be used", "data/skipped", _count),
+                ("steps skipped as not finite", "train/nonfinite_steps", _count),
+            )
+        ),
+        *((name, [_number(r.last.get(name)) for r in runs]) for name in accuracies),
+    ]
+    if not any(run.records for run in runs):
+        return "<p class='note'>No step was reported yet.</p>"
+    header = ["", *_named(runs, runs)] if len(runs) > 1 else []
+    return _table([[label, *cells] for label, cells in lines], header)
+
+
+def _count(value: Any) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def _number(value: Any) -> str:
@@ -109,128 +186,86 @@ def _share(value: Any) -> str:
     return "?" if value is None else f"{value:.2%}"
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list, list]:
-    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+def _differences(runs: Sequence[RunOnDisk]) -> str:
+    if len(runs) < 2:
+        return ""
+    flat = [config_lib.flatten(run.config) for run in runs]
+    keys = sorted({key for config in flat for key in config})
+    rows = [[key, *(config.get(key, "unset") for config in flat)] for key in keys]
+    rows = [row for row in rows if any(cell != row[1] for cell in row[2:])]
+    if not rows:
+        return "<p class='note'>The configs are the same.</p>"
+    return _table(rows, ["config", *_named(runs, runs)])
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    evals = sorted(
-        {k for r in records for k in r if re.fullmatch(r"eval/.*/(loss|accuracy)", k)}
-    )
-    panels = [
-        ("loss", ["train/loss", *(k for k in evals if k.endswith("/loss"))]),
-        (
-            "accuracy",
-            ["train/accuracy", *(k for k in evals if k.endswith("/accuracy"))],
-        ),
-        ("padding", ["pack/padding"]),
-        ("images/s", ["throughput/images_per_second"]),
+def _resolutions(runs: Sequence[RunOnDisk]) -> str:
+    judged = _named(runs, [run.judged for run in runs])
+    drawing = charts.draw_resolutions(judged)
+    names = sorted({name for values in judged.values() for name in values})
+    rows = [
+        [name, *(_number(values.get(name)) for values in judged.values())]
+        for name in names
+        if not name.endswith(("_low", "_high"))
     ]
-    panels = [(t, [n for n in names if _series(records, n)[0]]) for t, names in panels]
-    panels = [(title, names) for title, names in panels if names]
-    if not panels:
+    if not rows:
         return ""
-    figure = pictures.figure(9, 2.8 * -(-len(panels) // 2))
-    grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
-    for axes in grid[len(panels) :]:
-        axes.axis("off")
-    for axes, (title, names) in zip(grid, panels, strict=False):
-        for name in names:
-            steps, values = _series(records, name)
-            axes.plot(steps, values, marker="o" if len(steps) < 20 else "", ms=3,
-                      lw=1.3, label=name)  # fmt: skip
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if title in ("padding", "images/s"):
-            axes.set_ylim(bottom=0)
-        if len(names) > 1:
-            axes.legend(fontsize=7, frameon=False)
-    return _svg(figure)
+    return drawing + _folded(_table(rows, ["", *judged] if len(runs) > 1 else []))
 
 
-def _resolutions(workdir: epath.Path, records: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy against the side, from `evaluate` if it ran, else from the run."""
-    path = workdir / "evaluation.json"
-    found = json.loads(path.read_text())["values"] if path.exists() else {}
-    for record in [] if found else records:
-        found |= {k: v for k, v in record.items() if k.startswith("eval/")}
-    sets: dict[str, list[tuple[float, ...]]] = {}
-    for name, value in found.items():
-        match = re.fullmatch(r"eval/(.+)_([\d.]+)/accuracy", name)
-        if match and value is not None:
-            low, high = (
-                found.get(f"{name}_low", value),
-                found.get(f"{name}_high", value),
-            )
-            point = (float(match[2]), value, low, high)
-            sets.setdefault(match[1], []).append(point)
-    if not sets:
-        return ""
-    figure = pictures.figure(6, 3.2)
-    axes = figure.subplots()
-    for label, points in sets.items():
-        sides, values, lows, highs = zip(*sorted(points), strict=True)
-        axes.plot(sides, values, marker="o", label=label)
-        axes.fill_between(sides, lows, highs, alpha=0.15)
-    for name in (n for n in found if n.startswith("baseline/")):
-        axes.axhline(found[name], ls="--", lw=1, color="#888888")
-        left = axes.get_xlim()[0]
-        axes.text(left, found[name], name.split("/")[1], fontsize=7, va="bottom")
-    axes.set_xlabel("side of the square with the image's area, pixels", fontsize=9)
-    axes.set_ylabel("accuracy (band: 95 %, by group)", fontsize=9)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    pairs = [
-        (k, _number(v)) for k, v in found.items() if not k.endswith(("_low", "_high"))
-    ]
-    return _svg(figure) + _table(pairs)
-
-
-def _svg(figure: Any) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg")
-    text = file.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _picture(path: epath.Path) -> str:
-    if not path.exists():
-        return ""
+def _rows(run: RunOnDisk) -> str:
+    path = run.workdir / "rows.png"
+    try:
+        if not path.exists():
+            plan.draw_images(experiment.build_stream(run.config), path)
+    except (ValueError, OSError) as error:
+        logging.warning("no picture of the rows of %s: %s", run.name, error)
+        return f"<p class='note'>No picture: {_text(error)}</p>"
     data = base64.b64encode(path.read_bytes()).decode()
     return f"<img alt='packed rows' src='data:image/png;base64,{data}'>"
 
 
-def _commands(workdir: epath.Path) -> str:
-    folder = _text(workdir)
-    return (
-        f"<pre>python -m navit_jax.train --config=... --workdir={folder}  # resumes\n"
-        f"python -m navit_jax.evaluate --workdir={folder} --sides=32,64,128\n"
-        f"python -m navit_jax.report {folder}</pre>"
-    )
-
-
-def _environment(workdir: epath.Path) -> str:
-    path = workdir / "environment.json"
-    if not path.exists():
+def _samples(run: RunOnDisk, num: int) -> str:
+    if not num:
         return ""
-    return _table(config_lib.flatten(json.loads(path.read_text())).items())
+    try:
+        return samples.show_samples(run.workdir, run.config, num)
+    except (ValueError, OSError, RuntimeError) as error:  # errors.py has all three
+        logging.warning("no predictions of %s: %s", run.name, error)
+        return f"<p class='note'>None: {_text(error)}</p>"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes the report of each run named."""
-    if len(argv) < 2:
-        raise app.UsageError("name one run or more: python -m navit_jax.report RUN...")
-    for folder in argv[1:]:
-        try:
-            print(f"report: {write_report(epath.Path(folder))}")
-        except ConfigError as error:
-            logging.error("%s", error)
-            raise SystemExit(error.exit_code) from error
+def _commands(run: RunOnDisk) -> str:
+    folder = shlex.quote(str(run.workdir))
+    argv = [str(arg) for arg in run.environment.get("command", [])[1:]]
+    made = f"python -m navit_jax.train {shlex.join(argv)}\n" if argv else ""
+    return "<pre>" + _text(
+        f"{made}python -m navit_jax.evaluate --workdir={folder} --sides=32,64,128\n"
+        f"python -m navit_jax.predict --workdir={folder} --images=FOLDER "
+        "--output=predictions.csv"
+    ) + "</pre>"  # fmt: skip
+
+
+def define_main() -> Callable[[Sequence[str]], None]:
+    """Defines the flags, and returns what reads them and writes the page."""
+    output = flags.DEFINE_string(
+        "output", None, "The page; default: report.html in the run's folder, or here"
+    )
+    num_samples = flags.DEFINE_integer("samples", 24, "Pictures to predict; 0: none")
+
+    def main(argv: Sequence[str]) -> None:
+        if len(argv) < 2:
+            usage = "name one run or more: python -m navit_jax.report RUN..."
+            raise app.UsageError(usage)
+        command_line.quiet_libraries()
+        folders = [epath.Path(folder) for folder in argv[1:]]
+        default = folders[0] / "report.html" if len(folders) == 1 else "report.html"
+        page = epath.Path(output.value or default)
+        with command_line.exit_codes():
+            write_report(folders, page, num_samples.value)
+        print(f"report: {page}")
+
+    return main
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(define_main())

@@ -14,15 +14,16 @@ PACKAGE = ROOT / "navit_jax"
 LAYERS = (
     {"batch", "metrics", "errors", "config"},
     {
-        "checkpoint", "checksums", "command_line", "data", "host_signals", "initialise",
-        "isolation", "losses", "models", "optim", "paths", "peak_flops",
-        "pictures", "progress", "records", "report", "reporting", "retention",
-        "run_folder", "run_lock", "saved_steps", "schedules", "sharding", "signals",
+        "calibration", "charts", "checkpoint", "checksums", "command_line", "culprits",
+        "data", "host_signals", "initialise", "isolation", "linear_probe", "losses",
+        "models", "optim", "paths", "peak_flops", "pictures", "progress", "records",
+        "reporting", "retention", "run_folder", "run_lock", "saved_steps", "schedules",
+        "sharding", "signals",
     },
     {"tasks"},
     {"train_state", "experiment", "compile"},
-    {"baselines", "evaluate"},
-    {"train", "predict", "plan", "doctor"},
+    {"baselines", "evaluate", "evaluator", "few_shot", "predictor"},
+    {"train", "predict", "plan", "doctor", "report", "samples"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

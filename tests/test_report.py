@@ -1,42 +1,61 @@
 import html.parser
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import tiny
 from etils import epath
+from PIL import Image
 
-from navit_jax import experiment, pictures, plan, report, reporting
+import navit_jax
+from navit_jax import experiment, pictures, plan, report, reporting, train
+from navit_jax.data.sources import clipart
 from navit_jax.errors import ConfigError
 
-HOSTILE = "<script>alert('x')</script>"
+HOSTILE = "<script>document.title = 'taken over'</script>"
+VALIDATION = {"name": "clipart", "split": "validation"}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    workdir = epath.Path(tmp_path) / "run"
+def make_run(workdir, name="run", **changes):
+    """A run's folder whose texts are hostile, with an evaluation and no checkpoint."""
     workdir.mkdir()
-    config = tiny.config()
-    config["data"]["sources"]["clipart"]["name"] = HOSTILE
+    config = tiny.config(**changes)
+    source = config["data"]["sources"].pop("clipart")
+    config["data"]["sources"][HOSTILE] = source
     (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "environment.json").write_text(
+        json.dumps({"command": ["train.py", f"--config={HOSTILE}"]})
+    )
     writer = reporting.MetricWriter(workdir)
     for step in (1, 2, 3):
         values = {"train/loss": 3.0 / step, "pack/padding": 0.02, "data/skipped": 0}
         writer.write(step, values)
-    values = {"eval/test_64/accuracy": 0.25, "eval/test_32/accuracy": 0.5}
-    writer.write(3, {**values, "eval/test_64/accuracy_low": 0.2})
     writer.close()
-    judged = {"values": {**values, "baseline/majority/accuracy": 0.125}}
-    (workdir / "evaluation.json").write_text(json.dumps(judged))
-    stream = experiment.build_stream(tiny.config())
-    plan.draw_images(stream, workdir / "rows.png")
+    values = {}
+    for side, accuracy in ((32, 0.5), (64, 0.25)):
+        stem = f"eval/{HOSTILE} $x_$ _{side}"
+        values[f"{stem}/accuracy"] = accuracy
+        values[f"{stem}/accuracy_low"] = accuracy - 0.1
+        values[f"{stem}/accuracy_high"] = accuracy + 0.1
+        values[f"{stem}/tokens_per_image"] = side**2 / 256
+        values[f"{stem}/upscaled"] = 0.75
+    values["baseline/majority/accuracy"] = 0.125
+    (workdir / "evaluation.json").write_text(json.dumps({"values": values}))
     return workdir
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return make_run(epath.Path(tmp_path) / "run")
+
+
 class Tags(html.parser.HTMLParser):
-    def __init__(self):
+    def __init__(self, text):
         super().__init__()
         self.found, self.text = [], []
+        self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.found.append(tag)
@@ -45,24 +64,84 @@ class Tags(html.parser.HTMLParser):
         self.text.append(data)
 
 
+def page_of(*folders):
+    path = folders[0].parent / "page.html"
+    report.write_report(folders, path)
+    return path.read_text()
+
+
 def test_a_report_is_one_page_with_curves_pictures_and_escaped_text(folder):
-    page = Tags()
-    text = report.write_report(folder).read_text()
-    page.feed(text)
+    text = page_of(folder)
+    page = Tags(text)
     assert page.found.count("svg") == 2  # learning, and accuracy over resolution
-    assert page.found.count("img") == 1
+    assert page.found.count("img") == 1  # the packed rows
     assert "script" not in page.found
-    assert HOSTILE in "".join(page.text)
-    assert "0.25" in page.text
-    assert "0.125" in page.text
+    said = "".join(page.text)
+    assert HOSTILE in said
+    assert "0.125" in said
+    assert "75% up" in said
+    assert f"{HOSTILE} $x_$ " in said  # neither HTML nor a formula
+    assert "None: config.evals is empty" in said  # why there are no predictions
     # Self-contained: nothing is fetched.
     assert 'src="http' not in text
     assert "href=" not in text.replace('href="#', "")
 
 
+def test_two_runs_are_on_one_page_with_what_differs(folder, tmp_path):
+    other = make_run(epath.Path(tmp_path) / "other", seed=7, optim__lr=0.5)
+    page = Tags(page_of(folder, other))
+    cells = [text for text in page.text if text.strip()]
+    start = cells.index("What differs")
+    table = cells[start : cells.index("Learning")]
+    assert table[1:] == ["config", "run", "other", "optim.lr", "0.001", "0.5", "seed",
+                         "0", "7"]  # fmt: skip
+    assert page.found.count("svg") == 2
+    assert page.found.count("img") == 2
+
+
+def test_predictions_on_real_pictures_show_what_the_model_says(tmp_path):
+    workdir = epath.Path(tmp_path) / "run"
+    evals = {"validation": {"sources": {"clipart": VALIDATION}, "sides": [64]}}
+    assert train.train(tiny.config(steps=1, evals=evals), workdir) == 0
+    page = Tags(page_of(workdir))
+    source = clipart("validation")
+    shown = np.unique(np.linspace(0, len(source) - 1, 24).round().astype(int))
+    assert page.found.count("figure") == len(shown)
+    assert page.found.count("img") == len(shown) + 1
+    said = "".join(page.text)
+    model = navit_jax.load(workdir)
+    pictures_ = [source[int(i)].image for i in shown]
+    for values, i in zip(model.predict(pictures_), shown, strict=True):
+        labels = [source.class_names[label] for label in source[int(i)].labels]
+        best = source.class_names[values.argmax()]
+        assert f"{best} {values.max():.2f}{', '.join(labels)}" in said
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_a_browser_shows_the_page_and_runs_nothing_in_it(folder):
+    path = folder.parent / "page.html"
+    report.write_report([folder], path)
+    shot = folder.parent / "page.png"
+    command = [
+        *("chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--dump-dom"),
+        *("--window-size=1000,1600", f"--user-data-dir={folder.parent}/profile"),
+        *("--enable-logging=stderr", f"--screenshot={shot}", f"file://{path}"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in done.stderr
+    assert "<title>run</title>" in done.stdout  # the hostile text would change it
+    pixels = np.asarray(Image.open(shot).convert("L"))
+    assert pixels.shape == (1600, 1000)
+    # Ink from top to bottom, and nothing beyond the right edge of the text.
+    assert all((band < 128).any() for band in np.array_split(pixels, 8))
+    assert (pixels[:, -4:] > 250).all()
+
+
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
-        report.write_report(epath.Path(tmp_path))
+        report.write_report([epath.Path(tmp_path)], epath.Path(tmp_path) / "page.html")
 
 
 def test_a_resumed_run_drops_what_it_makes_again_and_survives_a_cut_line(tmp_path):

@@ -33,16 +33,16 @@ class Classifier(nn.Module):
 
     encoder: nn.Module
     num_classes: int
-    head_bias: float
+    head_bias: float | int
 
     @nn.compact
     def __call__(self, batch: PackedBatch, keys: Any = None) -> dict[str, Any]:
-        """Returns `pooled` [B N D] and `logits` [B N C]."""
+        """Returns `tokens` [B L D], `pooled` [B N D] and `logits` [B N C]."""
         out = self.encoder(
             batch.patches, batch.coords, batch.segment_ids, batch.grids, keys
         )
         head = Linear(self.num_classes, bias_init=self.head_bias, name="head")
-        return {"pooled": out["pooled"], "logits": head(out["pooled"])}
+        return {**out, "logits": head(out["pooled"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +107,38 @@ class Classification:
         return means["loss"].total / jnp.maximum(weights["images"], 1), means
 
     def outputs(self, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
-        """`pooled` [B N D] and `logits` [B N C], nothing dropped, nothing random."""
-        return self._apply(params, batch)
+        """What the model gives with nothing dropped, nothing random.
+
+        `tokens` [B L D], `pooled` [B N D], `logits` and `probabilities` [B N C].
+        """
+        out = self._apply(params, batch)
+        sigmoid = self.loss_name == "sigmoid"
+        normalise = jax.nn.sigmoid if sigmoid else jax.nn.softmax
+        return {**out, "probabilities": normalise(out["logits"].astype(jnp.float32))}
 
     def metrics(self, params: Params, batch: PackedBatch) -> dict[str, Mean]:
-        """Loss and accuracy [B N] of each image, for evaluation."""
-        return self._means(self.outputs(params, batch)["logits"], batch)
+        """Terms [B N] by image: loss, accuracy, confidence, Brier score and NLL.
+
+        Confidence is the probability of the class that is guessed. The Brier score is
+        the squared error of all probabilities (Brier 1950); where the loss is smoothed
+        the negative log-likelihood is not.
+        """
+        out, labels = self.outputs(params, batch), batch.targets["labels"]
+        logits, probabilities = out["logits"], out["probabilities"]
+        targets = losses.multi_hot(labels, self.num_classes)
+        nll = losses.sigmoid_loss
+        if self.loss_name == "softmax":
+            targets /= jnp.maximum(targets.sum(-1, keepdims=True), 1)
+            nll = losses.softmax_loss
+        extra = {
+            "confidence": probabilities.max(-1),
+            "brier": jnp.square(probabilities - targets).sum(-1),
+            "nll": nll(logits.astype(jnp.float32), labels),
+        }
+        mask = labelled(batch)
+        return self._means(logits, batch) | {
+            k: masked(v, mask) for k, v in extra.items()
+        }
 
     def _means(self, logits: jax.Array, batch: PackedBatch) -> dict[str, Mean]:
         mask, right = labelled(batch), hits(logits, batch.targets["labels"])

@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from navit_jax.batch import PackedBatch
 from navit_jax.errors import ConfigError
@@ -73,11 +73,12 @@ class Reconstructor(nn.Module):
     @nn.compact
     def __call__(
         self, batch: PackedBatch, masked: Bool[Array, "B L"], keys: Any = None
-    ) -> Float[Array, "B L P"]:
-        """Pixels in [-1, 1] of every patch, the masked ones never seen."""
+    ) -> dict[str, Any]:
+        """`pixels` [B L P] in [-1, 1], the masked ones never seen; the encoder's."""
         pixels = jnp.where(masked[..., None], 0.0, normalise(batch.patches))
         out = self.encoder(pixels, batch.coords, batch.segment_ids, batch.grids, keys)
-        return Linear(pixels.shape[-1], name="head")(out["tokens"]).astype(jnp.float32)
+        predicted = Linear(pixels.shape[-1], name="head")(out["tokens"])
+        return {**out, "pixels": predicted.astype(jnp.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +125,8 @@ class MaskedPatches:
         return mean.total / jnp.maximum(weights["patches"], 1), {"loss": mean}
 
     def outputs(self, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
-        """`pixels` [B L P] in [-1, 1], predicted with nothing masked."""
-        masked = jnp.zeros(batch.segment_ids.shape, bool)
-        return {"pixels": self._pixels(params, batch, masked)}
+        """`pixels` [B L P] in [-1, 1] and `tokens` [B L D], with nothing masked."""
+        return self._apply(params, batch, jnp.zeros(batch.segment_ids.shape, bool))
 
     def metrics(self, params: Params, batch: PackedBatch) -> dict[str, Mean]:
         """The error [B L] of patches under one fixed choice, for evaluation."""
@@ -137,12 +137,11 @@ class MaskedPatches:
     ) -> Mean:
         keys = image_keys(key, batch.image_ids)
         masked = choose_masked(keys, batch.segment_ids, batch.coords, self.share)
-        pixels = self._pixels(params, batch, masked, model_keys)
+        pixels = self._apply(params, batch, masked, model_keys)["pixels"]
         errors = jnp.square(pixels - normalise(batch.patches)).mean(-1)
         return masked_terms(errors, masked)
 
-    def _pixels(
+    def _apply(
         self, params: Params, batch: PackedBatch, masked: Any, keys: Any = None
-    ) -> jax.Array:
-        pixels: Any = self.model.apply({"params": params}, batch, masked, keys)
-        return pixels
+    ) -> Any:
+        return self.model.apply({"params": params}, batch, masked, keys)

@@ -1,0 +1,276 @@
+"""A trained model for whoever has pictures: `navit_jax.load(workdir)`.
+
+M pictures, C classes, D width.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
+
+from navit_jax import checkpoint, data, experiment, models, run_folder, sharding
+from navit_jax import config as config_lib
+from navit_jax.batch import BatchInfo, PackedBatch
+from navit_jax.data import resolution
+from navit_jax.data.bad_image import BadImage
+from navit_jax.data.given import Given, plan_pictures
+from navit_jax.data.records import Source
+from navit_jax.errors import ConfigError
+from navit_jax.tasks import Task
+
+# Each a path, the bytes of a file, a Pillow image, or a uint8 array; or a source.
+Pictures = Sequence[Any] | Source
+Side = float | int | str | None
+
+
+class Result(NamedTuple):
+    """What became of one picture.
+
+    Attributes:
+      place: Where it stands among the given ones.
+      grid: (rows, columns) of its patches; (0, 0) of one that can not be used.
+      value: The output, or the BadImage that says why there is none.
+    """
+
+    place: int
+    grid: tuple[int, int]
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictor:
+    """A run's model, applied to pictures of any size.
+
+    Pictures are scaled in their own aspect, packed several to a row, and come back in
+    the order they were given. What is packed beside a picture changes its numbers by
+    rounding alone (below 1e-5 of the largest in float32).
+
+    The dial between cost and quality is `side`, in pixels, of the square with the
+    picture's area ("native": its own), or `tokens`, the most patches of a picture;
+    without either it is the largest side of training. `upscale=False` keeps smaller
+    pictures as they are.
+
+    Attributes:
+      config: The run's.
+      class_names: By number.
+      task: As the run trained it.
+      params: Of the checkpoint; the running mean where the run kept one.
+      step: Of the checkpoint.
+      mesh: Rows are split over its devices.
+    """
+
+    config: Mapping[str, Any]
+    class_names: Sequence[str]
+    task: Task
+    params: Mapping[str, Any]
+    step: int
+    mesh: Mesh
+
+    def predict(
+        self,
+        images: Pictures,
+        *,
+        side: Side = None,
+        tokens: int | None = None,
+        upscale: bool = True,
+    ) -> Float32[np.ndarray, "M C"]:
+        """The probability of each class, by picture.
+
+        Raises:
+          ValueError: a picture can not be used, a side that the model's positions do
+            not reach, or the run's task knows no classes.
+        """
+        found = self._all("probabilities", images, side, tokens, upscale)
+        return _stack(found, len(self.class_names))
+
+    def embed(
+        self,
+        images: Pictures,
+        *,
+        side: Side = None,
+        tokens: int | None = None,
+        upscale: bool = True,
+    ) -> Float32[np.ndarray, "M D"]:
+        """The pooled vector of each picture, before the head; raises as `predict`."""
+        found = self._all("pooled", images, side, tokens, upscale)
+        return _stack(found, self._encoder.spec.width)
+
+    def tokens(
+        self,
+        images: Pictures,
+        *,
+        side: Side = None,
+        tokens: int | None = None,
+        upscale: bool = True,
+    ) -> list[Float32[np.ndarray, "rows columns D"]]:
+        """The encoded patches of each picture, on its grid; raises as `predict`."""
+        return self._all("tokens", images, side, tokens, upscale)
+
+    def results(
+        self,
+        name: str,
+        images: Pictures,
+        law: resolution.Law,
+        upscale: bool = True,
+    ) -> Iterator[Result]:
+        """One output of the task by picture, in the order of packing.
+
+        Pictures that can not be used are results too.
+
+        Args:
+          name: "probabilities", "pooled", "tokens", or what else `task.outputs` has.
+          law: The resolution of each picture; `law()` makes one.
+
+        Raises:
+          ConfigError: the task has no such output.
+        """
+        if not len(images):
+            return
+        stream = self._stream(images, law, upscale)
+        with jax.set_mesh(self.mesh):
+            for host, info in stream.batches(np.arange(stream.plan.rows)):
+                batch = sharding.place(host, self.mesh)
+                values = jax.device_get(self._output(self.params, batch, name))
+                yield from _results(host, info, values, name == "tokens")
+
+    def _all(self, name: str, images: Pictures, *dial: Any) -> list[Any]:
+        side, tokens, upscale = dial
+        found: list[Any] = [None] * len(images)
+        for result in self.results(name, images, self.law(side, tokens), upscale):
+            if isinstance(result.value, BadImage):
+                raise ValueError(
+                    f"images[{result.place}] ({_describe(images[result.place])}) can "
+                    f"not be used: {result.value}"
+                )
+            found[result.place] = result.value
+        return found
+
+    @functools.cached_property
+    def _output(self) -> Any:
+        def output(params: Any, batch: PackedBatch, name: str) -> jax.Array:
+            outputs = self.task.outputs(params, batch)
+            if name not in outputs:
+                task = self.config["task"]["name"]
+                raise ConfigError(
+                    f"the task {task!r} of this run gives no {name!r}; it gives "
+                    f"{', '.join(sorted(outputs))}"
+                )
+            return outputs[name]
+
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(output, static_argnums=2, out_shardings=everywhere)
+
+    def law(self, side: Side = None, tokens: int | None = None) -> resolution.Law:
+        """The resolution that a dial stands for.
+
+        Raises:
+          ConfigError: both are given, or the model's positions do not reach so far.
+        """
+        patch = models.patch_size(self.config["model"]["size"])
+        if side is not None and tokens is not None:
+            raise ConfigError(f"side={side} and tokens={tokens}: give one of them")
+        if side is None and tokens is None:
+            section = self.config["data"]["resolution"]
+            law = config_lib.build(section, resolution.LAWS, "data.resolution")
+            return law if law.largest is None else resolution.Fixed(law.largest)
+        asked: resolution.Law
+        if side == "native":
+            return resolution.Native()
+        if isinstance(side, str):
+            raise ConfigError(f"side={side!r}: give pixels, or 'native'")
+        if side is not None:
+            asked, given = resolution.Fixed(side), f"side={side}"
+        else:
+            asked, given = resolution.Budget(tokens or 0, patch), f"tokens={tokens}"
+        longest = self._encoder.max_side
+        if (asked.largest or 0) >= (longest + 1) * patch:
+            raise ConfigError(
+                f"{given}: the positions of this model reach {longest} patches of "
+                f"{patch} pixels, so at most side={longest * patch} or "
+                f"tokens={longest**2}"
+            )
+        return asked
+
+    @functools.cached_property
+    def _encoder(self) -> models.NaViT:
+        return experiment.build_encoder(self.config)
+
+    def _stream(
+        self, images: Pictures, law: resolution.Law, upscale: bool
+    ) -> data.Stream:
+        section = self.config["data"]
+        return plan_pictures(
+            images if isinstance(images, Source) else Given(images),
+            law,
+            patch=models.patch_size(self.config["model"]["size"]),
+            tokens=section["tokens"],
+            slots=section["slots"],
+            max_side=self._encoder.max_side,
+            upscale=upscale,
+            square=section.get("square", False),
+            num_labels=max(1, len(self.class_names)),
+            codec=section.get("codec", "auto"),
+            devices=self.mesh.size,
+        )
+
+
+def load(workdir: epath.PathLike, step: int | str | None = None) -> Predictor:
+    """Opens the model of a run, finished or not, on the devices of this process.
+
+    Args:
+      step: Of the checkpoint: a number, "best", or None for the newest.
+
+    Raises:
+      ConfigError: the folder holds no run.
+      CheckpointError: it has no such checkpoint.
+    """
+    workdir = epath.Path(workdir).absolute()
+    config = run_folder.read_config(workdir)
+    class_names = run_folder.read_class_names(workdir)
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        restored = checkpoint.restore_params(
+            workdir / "checkpoints",
+            step,
+            "ema" if experiment.train_options(config).ema else "params",
+            shardings=lambda tree: jax.tree.map(lambda _: everywhere, tree),
+        )
+    task = experiment.build_task(config, len(class_names))
+    return Predictor(config, class_names, task, restored.state, restored.step, mesh)
+
+
+def _results(
+    host: PackedBatch, info: BatchInfo, values: np.ndarray, by_token: bool
+) -> Iterator[Result]:
+    reasons = dict(info.skipped)
+    for row, names in enumerate(info.keys):
+        for slot, name in enumerate(names):
+            index = int(host.image_ids[row, slot, 1])
+            rows, columns = grid = tuple(host.grids[row, slot].tolist())
+            if not host.image_mask[row, slot]:
+                yield Result(index, grid, BadImage(reasons[name]))
+            elif by_token:
+                own = values[row, host.segment_ids[row] == slot + 1]
+                yield Result(index, grid, own.reshape(rows, columns, -1))
+            else:
+                yield Result(index, grid, values[row, slot])
+
+
+def _describe(picture: Any) -> str:
+    return (
+        str(picture)
+        if isinstance(picture, str | os.PathLike)
+        else type(picture).__name__
+    )
+
+
+def _stack(found: list[Any], width: int) -> np.ndarray:
+    return np.stack(found) if found else np.zeros((0, width), np.float32)

@@ -1,0 +1,198 @@
+import csv
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import tiny
+from PIL import Image
+
+import navit_jax
+from navit_jax import train
+
+SIZES = [(32, 64), (48, 48), (64, 32), (16, 80), (33, 70), (90, 20), (5, 5), (64, 64)]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert train.train(tiny.config(steps=1, train__ema=0.5), folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(workdir):
+    return navit_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in SIZES]
+
+
+@pytest.mark.parametrize("picture", [0, 1, 2])
+def test_a_picture_of_whole_patches_gives_what_the_plain_model_does(
+    predictor, pictures, picture
+):
+    h, w = SIZES[picture]
+    blocks = pictures[picture].reshape(h // 16, 16, w // 16, 16, 3).swapaxes(1, 2)
+    patches = blocks.reshape(-1, 768) / 127.5 - 1
+    coords = np.argwhere(np.ones((h // 16, w // 16)))
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), predictor.params)
+    tokens, pooled = oracle.forward(
+        params["encoder"], patches, coords, (h // 16, w // 16),
+        num_heads=2, positions={"name": "factorized", "length": 32},
+    )  # fmt: skip
+    logits = oracle.dense(params["head"]["dense"], pooled)
+    side = math.sqrt(h * w)
+    given = pictures[picture : picture + 1]
+    found = predictor.tokens(given, side=side)[0]
+    assert found.shape == (h // 16, w // 16, 32)
+    np.testing.assert_allclose(found.reshape(-1, 32), tokens, atol=1e-5)
+    np.testing.assert_allclose(predictor.embed(given, side=side)[0], pooled, atol=1e-5)
+    expected = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(
+        predictor.predict(given, side=side)[0], expected, atol=1e-6
+    )
+
+
+def test_neighbours_and_order_change_nothing_but_rounding(predictor, pictures):
+    together = predictor.predict(pictures * 5)
+    alone = np.concatenate([predictor.predict([picture]) for picture in pictures])
+    np.testing.assert_allclose(together, np.tile(alone, (5, 1)), atol=1e-6)
+    backwards = predictor.predict(pictures[::-1])
+    np.testing.assert_allclose(backwards[::-1], alone, atol=1e-6)
+    assert np.ptp(alone, axis=0).max() > 1e-4  # they do differ from each other
+
+
+def test_paths_arrays_and_pillow_images_are_the_same_pictures(
+    predictor, pictures, tmp_path
+):
+    files = []
+    for number, picture in enumerate(pictures):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(picture).save(files[-1])
+    expected = predictor.predict(pictures)
+    with_alpha = [np.dstack([p, np.full(p.shape[:2], 255, np.uint8)]) for p in pictures]
+    for given in (files, [str(f) for f in files], map(Image.open, files), with_alpha):
+        np.testing.assert_array_equal(predictor.predict(list(given)), expected)
+    grey = pictures[0][..., 0]
+    np.testing.assert_array_equal(
+        predictor.predict([grey]), predictor.predict([np.dstack([grey] * 3)])
+    )
+    np.testing.assert_array_equal(
+        predictor.predict([grey[..., None]]), predictor.predict([grey])
+    )
+
+
+def test_a_pillow_image_is_turned_upright_and_made_rgb(predictor, pictures, tmp_path):
+    turned = Image.fromarray(np.rot90(pictures[0]).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    given = [Image.open(tmp_path / "turned.png"), tmp_path / "turned.png"]
+    expected = predictor.predict(pictures[:1] * 2)
+    np.testing.assert_array_equal(predictor.predict(given), expected)
+    cmyk = Image.fromarray(pictures[0]).convert("CMYK")
+    np.testing.assert_array_equal(
+        predictor.predict([cmyk]), predictor.predict([cmyk.convert("RGB")])
+    )
+
+
+@pytest.mark.parametrize(
+    "dial, grids",
+    [
+        ({"side": 32}, [(1, 2), (2, 2), (2, 1), (1, 4)]),
+        ({"tokens": 9}, [(2, 4), (3, 3), (4, 2), (1, 9)]),
+        ({"side": 500, "upscale": False}, [(2, 4), (3, 3), (4, 2), (1, 5)]),
+        ({}, [(2, 5), (4, 4), (5, 2), (1, 8)]),  # the largest of training, 64
+    ],
+)
+def test_the_dial_sets_the_grids(predictor, pictures, dial, grids):
+    found = predictor.tokens(pictures[:4], **dial)
+    assert [tokens.shape[:2] for tokens in found] == grids
+
+
+def test_a_picture_longer_than_a_row_of_training_is_seen_whole(predictor, pictures):
+    tokens = predictor.tokens(pictures[:2], side=200)
+    assert [t.shape[:2] for t in tokens] == [(8, 17), (12, 12)]  # of rows of 32
+
+
+def test_no_pictures_give_no_numbers(predictor):
+    assert predictor.predict([]).shape == (0, 8)
+    assert predictor.embed([]).shape == (0, 32)
+    assert predictor.tokens([]) == []
+
+
+@pytest.mark.parametrize(
+    "images, dial, message",
+    [
+        ([np.zeros((4, 4))], {}, r"pictures\[0\] is a ndarray of dtype float64"),
+        ([np.zeros((4, 4, 2), np.uint8)], {}, r"shape \(4, 4, 2\)"),
+        ([np.zeros((0, 4, 3), np.uint8)], {}, "it has no pixel"),
+        (["nowhere.png"], {}, r"images\[0\] \(nowhere.png\).*unreadable"),
+        ([], {"side": 9, "tokens": 9}, "give one of them"),
+        ([], {"side": 528}, "side=528.*at most side=512 or tokens=1024"),
+        ([], {"tokens": 1089}, "tokens=1089.*at most side=512 or tokens=1024"),
+        ([], {"tokens": 0}, "tokens=0: needs at least 1"),
+        ([], {"side": 0}, "side=0: needs a side > 0"),
+    ],
+)
+def test_what_can_not_be_used_is_named(predictor, images, dial, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(images, **dial)
+
+
+def test_a_run_without_classes_says_what_it_gives(tmp_path):
+    config = tiny.config(steps=1, task={"name": "masked_patches"})
+    config["model"]["pooling"] = "none"
+    assert train.train(config, tmp_path) == 0
+    predictor = navit_jax.load(tmp_path)
+    picture = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"gives no 'probabilities'; .*pixels, tokens"):
+        predictor.predict([picture])
+    assert predictor.tokens([picture], side=32)[0].shape == (2, 2, 32)
+
+
+def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    names = ["a.png", "b.png", "deeper/c, of commas.png"]
+    for name, picture in zip(names, pictures, strict=False):
+        Image.fromarray(picture).save(folder / name)
+    (folder / "bad.jpg").write_bytes(b"<html>")
+    out = tmp_path / "out.csv"
+    command = [
+        *(sys.executable, "-m", "navit_jax.predict", f"--workdir={workdir}"),
+        *(f"--images={folder}", f"--output={out}", "--side=48", "--top=2"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "4 pictures" in done.stdout
+    assert "1 could not be used" in done.stdout
+    with out.open() as file:
+        lines = {line["file"]: line for line in csv.DictReader(file)}
+    assert list(lines) == ["a.png", "b.png", "bad.jpg", "deeper/c, of commas.png"]
+    assert lines["bad.jpg"]["error"] == "not_image"
+    predictor = navit_jax.load(workdir)
+    for name, expected in zip(
+        names, predictor.predict(pictures[:3], side=48), strict=True
+    ):
+        assert lines[name]["class_1"] == predictor.class_names[expected.argmax()]
+        assert float(lines[name]["probability_1"]) == pytest.approx(
+            expected.max(), abs=2e-6
+        )
+    assert (lines["a.png"]["patch_rows"], lines["a.png"]["patch_columns"]) == ("2", "4")
+
+
+def test_the_command_names_a_folder_without_pictures(workdir, tmp_path):
+    command = [
+        *(sys.executable, "-m", "navit_jax.predict", f"--workdir={workdir}"),
+        *(f"--images={tmp_path}", f"--output={tmp_path}/out.csv"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "holds no picture" in done.stderr
