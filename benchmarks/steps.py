@@ -1,0 +1,68 @@
+"""The trainer's own jitted step on given rows, for whoever times it."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from navit_jax import compile, experiment, sharding
+from navit_jax.batch import PackedBatch
+
+Step = Callable[[], object]
+
+
+def config(size: str, batch: PackedBatch, micro: int, **model: Any) -> dict[str, Any]:
+    """A run's config for a batch, in parts of `micro` rows."""
+    rows, length = batch.segment_ids.shape
+    assert rows % micro == 0, f"{rows} rows in parts of {micro}"
+    return {
+        "seed": 0,
+        "steps": 1000,
+        "data": {"rows": rows, "tokens": length, "slots": batch.grids.shape[1]},
+        "model": {
+            "name": "navit",
+            "size": size,
+            "positions": {"name": "factorized", "length": 64},
+            **model,
+        },
+        "task": {"name": "classification"},
+        "optim": {"name": "adamw", "lr": 1e-3, "schedule": {"name": "constant"}},
+        "train": {"accumulate": rows // micro},
+    }
+
+
+def program(settings: dict[str, Any], batch: PackedBatch) -> compile.Program:
+    """What the trainer compiles for a config."""
+    task = experiment.build_task(settings, 1000)
+    return compile.Program(settings, task, batch, jax.sharding.get_mesh())
+
+
+def step(settings: dict[str, Any], batch: PackedBatch) -> Step:
+    """Runs the trainer's step on the batch again and again; waits for each."""
+    built = program(settings, batch)
+    mesh = jax.sharding.get_mesh()
+    placed = sharding.place(batch, mesh)
+    signals = sharding.place(np.zeros((len(batch.patches), 4), np.int32), mesh)
+    run, held = built.step(), [built.first_state()]
+
+    def call() -> None:
+        held[0], metrics = run(held[0], placed, signals)
+        jax.block_until_ready((held[0], metrics))
+
+    return call
+
+
+def count(batch: PackedBatch) -> tuple[int, int]:
+    """Images and tokens of a batch."""
+    return int(batch.image_mask.sum()), int((batch.segment_ids > 0).sum())
+
+
+def table(title: str, header: str, lines: list[list[str]]) -> None:
+    """Prints a Markdown table."""
+    columns = header.count("|") + 1
+    print(f"\n### {title}\n\n| {header} |\n|{'---|' * columns}")
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
+    sys.stdout.flush()

@@ -1,0 +1,203 @@
+"""The training step: packed against plain: `python benchmarks/train_step.py`.
+
+Times whole steps (forward, backward, AdamW) of the trainer's own jitted step on the
+fixed list of sizes, alternatives in turn, and prints ratios of one run: images/s of
+packed rows over the same model on squares of 224 and over one padded image a row; time
+per token of long rows over short; of S over Ti; where the time goes.
+`--tiny` is for a test.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import fixed_list
+import jax
+import numpy as np
+import steps
+import timing
+from absl import app, flags
+
+from navit_jax import sharding
+from navit_jax.batch import PackedBatch
+from navit_jax.models import attention, flops, sizes
+
+TINY = flags.DEFINE_bool("tiny", False, "Small shapes, one repeat")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds")
+PARTS = flags.DEFINE_list("parts", ["plain", "rows", "sizes", "where"], "")
+
+
+def compare_plain(tiny: bool, repeats: int) -> None:
+    """Packed rows against squares of 224, and against one padded image a row."""
+    lines = []
+    for size, num in (("Ti/16", 96), ("S/16", 48)):
+        model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
+        num = 8 if tiny else num
+        squares = np.full((num, 2), 14)
+        packed = fixed_list.packed(num_rows=num // 8, num_tokens=1024, num_slots=24)
+        single = fixed_list.alone(fixed_list.grids(num), num_tokens=272)
+        plain = fixed_list.alone(squares, num_tokens=196)
+        cases = {
+            # A square a row has nothing to skip: dense is the plain model's best.
+            "plain ViT, 224": (plain, 8, "dense"),
+            "one padded image a row": (single, 8, "auto"),
+            "packed, rows of 1024": (packed, num // 8 // 3 or 1, "auto"),
+        }
+        calls = {
+            name: steps.step(
+                steps.config(size, batch, micro, attention=attend, **model), batch
+            )
+            for name, (batch, micro, attend) in cases.items()
+        }
+        seconds = timing.interleave(calls, repeats)
+        images, tokens = (
+            {
+                name: steps.count(batch)[i] / seconds[name]
+                for name, (batch, *_) in cases.items()
+            }
+            for i in (0, 1)
+        )
+        for name in cases:
+            best = images["packed, rows of 1024"], tokens["packed, rows of 1024"]
+            lines.append(
+                [
+                    size,
+                    name,
+                    f"{np.median(images[name]):.1f}",
+                    f"{np.median(tokens[name]):,.0f}",
+                    timing.ratio(best[0], images[name]),
+                    timing.ratio(best[1], tokens[name]),
+                ]
+            )
+    steps.table(
+        "Packed against plain",
+        "size | rows | images/s | tokens/s | packed / it by images | by tokens",
+        lines,
+    )
+
+
+def compare_rows(tiny: bool, repeats: int) -> None:
+    """Time per token of rows of 4096 over rows of 1024, equal tokens."""
+    lines = []
+    model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
+    for size in ("Ti/16", "S/16"):
+        calls, tokens = {}, {}
+        for length, rows, micro in ((1024, 8, 4), (4096, 2, 1)):
+            batch = fixed_list.packed(rows, length, length // 64)
+            calls[length] = steps.step(steps.config(size, batch, micro, **model), batch)
+            tokens[length] = steps.count(batch)[1]
+        seconds = timing.interleave(calls, repeats, settle=True)
+        times = {n: seconds[n] / tokens[n] for n in calls}
+        cells = [f"{1e6 * np.median(times[n]):.1f}" for n in calls]
+        lines.append([size, *cells, timing.ratio(times[4096], times[1024])])
+    steps.table("Long rows", "size | L=1024 us/token | L=4096 us/token | ratio", lines)
+
+
+def compare_sizes(tiny: bool, repeats: int) -> None:
+    """Time per token of S/16 over Ti/16, and the rate of each."""
+    model = {"depth": 1} if tiny else {}
+    batch = fixed_list.packed(4, 1024, 24)
+    cases = {size: steps.config(size, batch, 2, **model) for size in ("Ti/16", "S/16")}
+    calls = {size: steps.step(settings, batch) for size, settings in cases.items()}
+    seconds = timing.interleave(calls, repeats)
+    lines = []
+    for size in cases:
+        rate = useful_flops(size, batch, **model) / seconds[size]
+        lines.append(
+            [
+                size,
+                f"{1e6 * np.median(seconds[size]) / steps.count(batch)[1]:.1f}",
+                f"{np.median(rate) / 1e9:.0f}",
+                timing.ratio(seconds[size], seconds["Ti/16"]),
+            ]
+        )
+    steps.table("Sizes", "size | us/token | useful GFLOP/s | time over Ti/16", lines)
+
+
+def useful_flops(size: str, batch: PackedBatch, **model: Any) -> float:
+    """Of one training step, by the package's own count."""
+    spec = sizes.spec(size)._replace(**model)
+    images, tokens = steps.count(batch)
+    pairs = sum(
+        float((np.bincount(row)[1:].astype(float) ** 2).sum())
+        for row in batch.segment_ids
+    )
+    return flops.TRAINING * flops.forward_flops(tokens, pairs, images, spec, 768)
+
+
+def break_down(tiny: bool, repeats: int) -> None:
+    """Time of the step, of it without attention, and of its matrix products alone."""
+    # Attention that passes the values on costs nothing, and keeps every other shape.
+    attention.IMPLEMENTATIONS["values"] = lambda q, k, v, ids: v + 0 * (q + k)
+    lines = []
+    model = {"depth": 1} if tiny else {}
+    batch = fixed_list.packed(4, 1024, 24)
+    for size in ("Ti/16", "S/16"):
+        whole = steps.step(steps.config(size, batch, 2, **model), batch)
+        without = steps.step(
+            steps.config(size, batch, 2, attention="values", **model), batch
+        )
+        spec = sizes.spec(size)._replace(**model)
+        cases = {"whole": whole, "without": without, "products": products(spec, 2048)}
+        seconds = timing.interleave(cases, repeats)
+        parts = {name: float(np.median(values)) for name, values in seconds.items()}
+        parts["products"] *= 2  # two micro-batches
+        lines.append(
+            [
+                size,
+                f"{parts['whole']:.2f}",
+                *(
+                    f"{share / parts['whole']:.0%}"
+                    for share in (
+                        parts["products"],
+                        parts["whole"] - parts["without"],
+                        parts["without"] - parts["products"],
+                    )
+                ),
+            ]
+        )
+    steps.table(
+        "Where the time goes", "size | s/step | products | attention | the rest", lines
+    )
+
+
+def products(spec: sizes.Spec, tokens: int) -> steps.Step:
+    """The matrix products of a step's blocks and patch embedding, and nothing else."""
+    D, F = spec.width, spec.mlp
+    shapes = [(D, D)] * 4 + [(D, F), (F, D)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = {n: jax.random.normal(keys[0], (tokens, n)) for n in (D, F, 768)}
+
+    def three(n: int, m: int) -> Callable[..., tuple[jax.Array, ...]]:
+        def run(x, w, g):
+            return x @ w, g @ w.T, x.T @ g
+
+        return jax.jit(run)
+
+    calls = [
+        (three(n, m), x[n], jax.random.normal(keys[1], (n, m)), x[m], times)
+        for (n, m), times in [*((s, spec.depth) for s in shapes), ((768, D), 1)]
+    ]
+
+    def call() -> None:
+        for run, left, weight, grad, times in calls:
+            for _ in range(times):
+                jax.block_until_ready(run(left, weight, grad))
+
+    return call
+
+
+def main(_: list[str]) -> None:
+    """Prints the tables that were asked for."""
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        parts = {
+            "plain": compare_plain,
+            "rows": compare_rows,
+            "sizes": compare_sizes,
+            "where": break_down,
+        }
+        for name in PARTS.value:
+            parts[name](TINY.value, 1 if TINY.value else REPEATS.value)
+
+
+if __name__ == "__main__":
+    app.run(main)
