@@ -44,8 +44,9 @@ class Checkpoints:
           keep: How many of the newest checkpoints stay.
           keep_period: Checkpoints of steps that are multiples of it stay for ever; 0
             for none.
-          best: The metric whose best checkpoint stays too, as `eval/test/accuracy`; ""
-            for none. Checkpoints saved without it are never the best.
+          best: The metric whose best checkpoint stays too, as
+            `eval/test_64/accuracy`; "" for none. Checkpoints saved without it are never
+            the best.
           best_mode: `max` or `min`.
           resume: The folder of another run, to go on from while there is no checkpoint
             here; "" for none. Nothing in it is changed.
@@ -147,7 +148,7 @@ class Checkpoints:
             "or mend the folder, and start the same command again."
         )
 
-    def restore(self, abstract: Any) -> Restored | None:
+    def restore(self, abstract: Any, steps: int | None = None) -> Restored | None:
         """Reads the newest checkpoint that is whole; None if there are none at all.
 
         A damaged newer one is logged and set aside as `<step>.damaged`, so that its
@@ -157,12 +158,13 @@ class Checkpoints:
         Args:
           abstract: The state as `jax.ShapeDtypeStruct`s with the shardings wanted, of
             any mesh.
+          steps: Of the run that goes on from another one.
 
         Raises:
           CheckpointError: there are checkpoints and none is whole, or the newest was
             written by a newer version of this code.
           ConfigError: the checkpoint holds another tree of parameters, or `resume`
-            names a folder without one.
+            names a folder without one, or a run that has done all `steps`.
         """
         self.wait()
         restored, damaged = saved_steps.read_newest_whole(self._folder, abstract)
@@ -181,6 +183,11 @@ class Checkpoints:
                 f"config.checkpoint.resume={str(self._resume.parent)!r} has no "
                 f"checkpoint ({self._resume} is empty or missing): give the --workdir "
                 "of a run that has saved, or leave it out to start from scratch"
+            )
+        if steps is not None and restored.step >= steps:
+            raise ConfigError(
+                f"config.checkpoint.resume={str(self._resume.parent)!r} goes on after "
+                f"step {restored.step}: raise config.steps={steps}"
             )
         logging.info("going on from %s, step %d", self._resume.parent, restored.step)
         return restored

@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from navit_jax.errors import ConfigError
 
-NUMBER = int | float
-
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint for a misspelt word: the nearest known one, and all of them."""
@@ -45,10 +43,19 @@ def check(
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(f"config.{where}.{key} is unknown; {nearest(key, known)}")
-        default = known[key].default
-        for wanted, other, name in ((NUMBER, str, "a number"), (str, NUMBER, "text")):
-            if isinstance(default, wanted) and isinstance(value, other):
-                raise ConfigError(f"config.{where}.{key}={value!r}: give {name}")
+        default, annotation = known[key].default, known[key].annotation
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        for kind, fits, name in (
+            (bool, isinstance(value, bool), "True or False"),
+            (int | float, number, "a number"),
+            (str, isinstance(value, str), "text"),
+        ):
+            if isinstance(default, kind):
+                if not fits and value is not None:
+                    raise ConfigError(f"config.{where}.{key}={value!r}: give {name}")
+                break
+        if annotation is int and isinstance(value, float):
+            raise ConfigError(f"config.{where}.{key}={value!r}: give a whole number")
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise ConfigError(f"config.{where}.{name} is missing; it has no default")

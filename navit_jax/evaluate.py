@@ -133,29 +133,47 @@ def _few_shot(
 
 
 def format_table(values: Mapping[str, float]) -> str:
-    """A line for each set and resolution, a column for each metric.
+    """A line for each set and resolution, a column for each of the usual metrics.
 
-    In parentheses stands the 95 % interval by near-duplicate group, where there is one.
+    Beside the accuracy stands its 95 % interval by near-duplicate group, where there is
+    one; all numbers are in `evaluation.json`.
     """
-    rows: dict[str, dict[str, str]] = {}
-    for name, value in values.items():
-        if not name.endswith(("_low", "_high")):
-            point, metric = name.removeprefix("eval/").rsplit("/", 1)
-            cell = f"{value:.5g}" if value >= 1 else f"{value:.4f}"
-            if f"{name}_low" in values:
-                low, high = values[f"{name}_low"], values[f"{name}_high"]
-                cell += f" ({low:.3f} .. {high:.3f})"
-            rows.setdefault(point, {})[metric] = cell
-    columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
-    table = [["", *columns]]
-    table += [
-        [point, *(row.get(c, "") for c in columns)] for point, row in rows.items()
-    ]
+    points = dict.fromkeys(name.rsplit("/", 1)[0] for name in values)
+    metrics = {name.rsplit("/", 1)[1] for name in values}
+    shots = sorted(m for m in metrics if m.endswith("_shot_accuracy"))
+    columns = [m for m in (*COLUMNS, *shots) if m in metrics]
+    table = [["", *(COLUMNS.get(m, m) for m in columns)]]
+    for point in points:
+        cells = [_cell(values, f"{point}/{metric}") for metric in columns]
+        table.append([point.removeprefix("eval/"), *cells])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in table
     )
+
+
+COLUMNS = {
+    "images": "images",
+    "tokens_per_image": "tokens an image",
+    "upscaled": "upscaled",
+    "shrunk": "shrunk",
+    "seconds_per_image": "s an image",
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "brier": "Brier",
+    "calibration_error": "ECE",
+    "calibrated_error": "ECE if calibrated",
+}
+
+
+def _cell(values: Mapping[str, float], name: str) -> str:
+    if name not in values:
+        return ""
+    cell = f"{values[name]:.4g}"
+    if name.endswith("/accuracy") and f"{name}_low" in values:
+        return f"{cell} ({values[f'{name}_low']:.3f} .. {values[f'{name}_high']:.3f})"
+    return cell
 
 
 def define_main() -> Callable[[], int]:

@@ -18,6 +18,7 @@ from navit_jax import calibration, data, experiment, sharding
 from navit_jax.batch import PackedBatch
 from navit_jax.data.plan import Plan
 from navit_jax.data.quality import SHRUNK, Named
+from navit_jax.errors import ConfigError
 from navit_jax.metrics import Mean, interval_by_group
 from navit_jax.tasks import Task
 
@@ -61,6 +62,15 @@ class Evaluator:
             ),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
+
+    def check_name(self, metric: str) -> None:
+        """Raises ConfigError for `eval/<set>_<resolution>/<metric>` of no set here."""
+        sets = [f"eval/{name}" for name in self.streams]
+        if metric and metric.rsplit("/", 1)[0] not in sets:
+            raise ConfigError(
+                f"config.checkpoint.best={metric!r} is of no evaluation; name a "
+                f"metric, as accuracy, of {', '.join(sets) or 'config.evals: empty'}"
+            )
 
     def run(
         self, params: Params, stop: Callable[[], bool] = lambda: False

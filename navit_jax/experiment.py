@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -81,10 +82,20 @@ def check_sections(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.{key} is missing")
     if config["steps"] < 1:
         raise ConfigError(f"config.steps={config['steps']}: give at least 1")
+    for where in READERS:
+        value = functools.reduce(_entry, where.split("."), config)
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"config.{where}={value!r}: give a section, as {{'name': ...}}"
+            )
     for where, section in config_lib.sections(config):
         for pattern, reader in READERS.items():
             if fnmatch.fnmatchcase(where, pattern):
                 _check_keys(section, where, *reader)
+
+
+def _entry(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, Mapping) else None
 
 
 def _check_keys(
@@ -186,7 +197,7 @@ def build_eval_streams(
     base = {key: config["data"][key] for key in shared if key in config["data"]}
     for label, law in laws.items():
         arguments = {**base, **own, "resolution": law}
-        largest = law.get("tokens", (law.get("side", 0) // patch) ** 2)
+        largest = law.get("tokens", int((law.get("side", 0) / patch) ** 2))
         while "tokens" not in own and arguments["tokens"] < largest:
             arguments["tokens"] *= 2
         yield label, _open(config, arguments, f"evals.{name}", training=False)

@@ -26,22 +26,20 @@ PLACES = 32
 def images_of_run(plan: Plan, steps: int) -> int:
     """Images that so many steps will see, to about 1 %.
 
-    A schedule of the drop rate changes the images a row along the run, so rows are
-    summed over windows spread over it.
+    Windows differ, and a schedule of the drop rate changes the images a row along the
+    run, so rows are summed over windows spread over it.
     """
     rows = plan.rows * steps
-    first, last = plan.token_drop.average(np.array([0, 2**62]))
-    places = 1 if first == last else PLACES
     images = float(rows * plan.slots)  # No run sees more.
     for _ in range(2):
-        ends = np.linspace(0, images, places + 1)
+        ends = np.linspace(0, images, PLACES + 1)
         rows_an_image = []
         for middle in (ends[1:] + ends[:-1]) / 2:
             numbers = range(2**62)
             number = bisect.bisect_right(numbers, middle, key=plan.images_before) - 1
             window = plan.plan_window(*plan.label(number))
             rows_an_image.append(len(window) / window.starts[-1])
-        reached = np.cumsum([0, *rows_an_image]) * images / places
+        reached = np.cumsum([0, *rows_an_image]) * images / PLACES
         beyond = max(0, rows - reached[-1]) / rows_an_image[-1]
         images = float(np.interp(rows, reached, ends)) + beyond
     return round(images)

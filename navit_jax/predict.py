@@ -6,6 +6,7 @@ probability, or why it can not be used.
 """
 
 import csv
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def define_main() -> Callable[[], int]:
     tokens = flags.DEFINE_integer(
         "tokens", None, "Most patches of a picture", lower_bound=1
     )
-    upscale = flags.DEFINE_bool("upscale", True, "Enlarge pictures that are smaller")
+    upscale = flags.DEFINE_bool("upscale", None, "Enlarge smaller pictures; as trained")
     top = flags.DEFINE_integer("top", 3, "Classes a picture", lower_bound=1)
 
     def main() -> int:
@@ -79,7 +80,9 @@ def define_main() -> Callable[[], int]:
                     lines[found.place] = line(found, predictor.class_names, count)
                     bar.update()
                 for name, columns in zip(names, lines, strict=True):
-                    writer.writerow([name, *columns])
+                    # A name need not be UTF-8.
+                    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+                    writer.writerow([text, *columns])
                     bad += bool(columns[2])
         print(f"{len(source)} pictures in {output.value}, {bad} could not be used")
         return 0

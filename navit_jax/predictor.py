@@ -55,7 +55,7 @@ class Predictor:
     The dial between cost and quality is `side`, in pixels, of the square with the
     picture's area ("native": its own), or `tokens`, the most patches of a picture;
     without either it is the largest side of training. `upscale=False` keeps smaller
-    pictures as they are.
+    pictures as they are, `True` enlarges them; None is as in training.
 
     Attributes:
       config: The run's.
@@ -79,7 +79,7 @@ class Predictor:
         *,
         side: Side = None,
         tokens: int | None = None,
-        upscale: bool = True,
+        upscale: bool | None = None,
     ) -> Float32[np.ndarray, "M C"]:
         """The probability of each class, by picture.
 
@@ -96,7 +96,7 @@ class Predictor:
         *,
         side: Side = None,
         tokens: int | None = None,
-        upscale: bool = True,
+        upscale: bool | None = None,
     ) -> Float32[np.ndarray, "M D"]:
         """The pooled vector of each picture, before the head; raises as `predict`."""
         found = self._all("pooled", images, side, tokens, upscale)
@@ -108,7 +108,7 @@ class Predictor:
         *,
         side: Side = None,
         tokens: int | None = None,
-        upscale: bool = True,
+        upscale: bool | None = None,
     ) -> list[Float32[np.ndarray, "rows columns D"]]:
         """The encoded patches of each picture, on its grid; raises as `predict`."""
         return self._all("tokens", images, side, tokens, upscale)
@@ -118,7 +118,7 @@ class Predictor:
         name: str,
         images: Pictures,
         law: resolution.Law,
-        upscale: bool = True,
+        upscale: bool | None = None,
     ) -> Iterator[Result]:
         """One output of the task by picture, in the order of packing.
 
@@ -127,6 +127,7 @@ class Predictor:
         Args:
           name: "probabilities", "pooled", "tokens", or what else `task.outputs` has.
           law: The resolution of each picture; `law()` makes one.
+          upscale: Whether smaller pictures are enlarged; None is as in training.
 
         Raises:
           ConfigError: the task has no such output.
@@ -134,11 +135,12 @@ class Predictor:
         if not len(images):
             return
         stream = self._stream(images, law, upscale)
-        with jax.set_mesh(self.mesh):
-            for host, info in stream.batches(np.arange(stream.plan.rows)):
+        for host, info in stream.batches(np.arange(stream.plan.rows)):
+            # Not around the yield: whoever asks would go on under this mesh.
+            with jax.set_mesh(self.mesh):
                 batch = sharding.place(host, self.mesh)
                 values = jax.device_get(self._output(self.params, batch, name))
-                yield from _results(host, info, values, name == "tokens")
+            yield from _results(host, info, values, name == "tokens")
 
     def _all(self, name: str, images: Pictures, *dial: Any) -> list[Any]:
         side, tokens, upscale = dial
@@ -203,7 +205,7 @@ class Predictor:
         return experiment.build_encoder(self.config)
 
     def _stream(
-        self, images: Pictures, law: resolution.Law, upscale: bool
+        self, images: Pictures, law: resolution.Law, upscale: bool | None
     ) -> data.Stream:
         section = self.config["data"]
         return plan_pictures(
@@ -213,7 +215,7 @@ class Predictor:
             tokens=section["tokens"],
             slots=section["slots"],
             max_side=self._encoder.max_side,
-            upscale=upscale,
+            upscale=section.get("upscale", True) if upscale is None else upscale,
             square=section.get("square", False),
             num_labels=max(1, len(self.class_names)),
             codec=section.get("codec", "auto"),

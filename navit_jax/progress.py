@@ -76,7 +76,8 @@ class Progress:
         )
         self.shrunk.note(info.shrunk)
         tokens = int(counts["tokens"])
-        self.run.update({"shrunk": len(info.shrunk), "tokens_seen": tokens})
+        everywhere = {"skipped": place.skipped, "tokens_seen": tokens}
+        self.run.update({"shrunk": len(info.shrunk), **everywhere})
         self.timed.update({"steps": 1, **counts})
         self.interval.update({"steps": 1, **counts})
         # A step that was not finite is counted, and left out of the interval's means.
@@ -119,11 +120,9 @@ class Progress:
         self.writer.write(step, {**values, "position": place.position})
 
     def _of_the_run(self) -> dict[str, float | int]:
-        skipped = [n for name, n in self.run.items() if name.startswith("skipped/")]
         shares = {k: n for k, n in self.run.items() if k.startswith("share/")}
         planned = max(sum(shares.values()), 1)
         return {
-            "data/skipped": sum(skipped),
             **{f"data/{k}": n for k, n in self.run.items() if k not in shares},
             **{f"data/{k}": n / planned for k, n in shares.items()},
         }
@@ -147,7 +146,11 @@ class Progress:
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Writes an evaluation, whose time counts in no throughput."""
         self.seconds_aside += seconds
-        shown = "  ".join(f"{name[5:]} {value:.4g}" for name, value in values.items())
+        shown = "  ".join(
+            f"{name[5:]} {value:.4g}"
+            for name, value in values.items()
+            if name.endswith(("/accuracy", "/loss"))
+        )
         logging.info("step %d evaluated in %.1f s: %s", step, seconds, shown)
         self.writer.write(step, values)
 

@@ -49,7 +49,9 @@ class RunOnDisk:
     Attributes:
       name: Of the folder.
       records: Of metrics.jsonl.
-      judged: Of `evaluate` if it ran, else the last evaluation of the run.
+      judged: Of `evaluate` if it ran on the newest checkpoint that was judged, else the
+        last evaluation of the run.
+      judged_step: Of that checkpoint.
       environment: What it ran on, and by which command.
     """
 
@@ -62,14 +64,17 @@ class RunOnDisk:
         self.workdir, self.name = workdir, workdir.name
         self.config = run_folder.read_config(workdir)
         self.records = reporting.read_metrics(workdir)
-        self.judged = self._read("evaluation.json").get("values", {})
+        judged = self._read("evaluation.json")
         self.environment = self._read("environment.json")
         self.last: dict[str, Any] = {}
         for record in self.records:
             self.last |= record
-        if not self.judged:
+        steps = [r["step"] for r in self.records if any("eval/" in key for key in r)]
+        self.judged, self.judged_step = judged.get("values", {}), judged.get("step", 0)
+        if not self.judged or self.judged_step < max(steps, default=0):
             named = self.last.items()
             self.judged = {k: v for k, v in named if k.startswith("eval/")}
+            self.judged_step = max(steps, default=0)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.workdir / name
@@ -153,6 +158,7 @@ def _summary(runs: Sequence[RunOnDisk]) -> str:
     })  # fmt: skip
     lines = [
         ("step", [f"{r.last.get('step', 0)} of {r.config['steps']}" for r in runs]),
+        ("step that was judged", [r.judged_step or "?" for r in runs]),
         *(
             (label, [shape(run.last.get(name)) for run in runs])
             for label, name, shape in (

@@ -9,8 +9,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from navit_jax.errors import CheckpointError
 
@@ -99,6 +102,15 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
                 "%s: a line was cut short and is left out: %.40r", path, line
             )
     return records
+
+
+def was_evaluated(workdir: epath.Path, step: int) -> bool:
+    """Whether an evaluation of that step is on record; all processes agree."""
+    found = jax.process_index() == 0 and any(
+        record["step"] == step and any(key.startswith("eval/") for key in record)
+        for record in read_metrics(workdir)
+    )
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(found)))
 
 
 def _open_events(workdir: epath.Path, first_step: int) -> Any:

@@ -21,6 +21,7 @@ from navit_jax import (
     experiment,
     host_signals,
     peak_flops,
+    reporting,
     run_folder,
     sharding,
     signals,
@@ -97,7 +98,7 @@ class Run:
             folder=workdir / "checkpoints",
         )
         program = compile.Program(config, self.task, self.stream.example(), mesh)
-        restored = self.saves.restore(program.abstract)
+        restored = self.saves.restore(program.abstract, self.steps)
         meta: Mapping[str, Any] = {}
         if restored:
             self.first, self.state, meta = (
@@ -121,9 +122,12 @@ class Run:
         class_names = self.stream.class_names
         run_folder.store_class_names(workdir, class_names)
         self.evaluator = evaluator.Evaluator(config, self.task, mesh, class_names)
+        self.evaluator.check_name(config.get("checkpoint", {}).get("best", ""))
         self.progress = self._progress(program, meta)
         # Whether the state should have been judged, but the run was told to stop.
-        self.owed: bool = meta.get("owed", False)
+        self.owed = meta.get("owed", False) and not reporting.was_evaluated(
+            workdir, self.first
+        )
         self.tracing = False
 
     def run(self, profile: tuple[int, int] | None = None) -> int:

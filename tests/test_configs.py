@@ -105,3 +105,37 @@ def test_a_config_survives_json_and_differences_are_listed_by_path():
     found = config_lib.differences(config, other)
     assert ("optim.lr", 0.001, 0.1) in found
     assert ("train.report_every", 2, "unset") in found
+
+
+def test_a_batch_of_more_rows_than_images_is_warned_of(caplog):
+    experiment.build_stream(tiny.config(data__rows=1639))
+    assert not caplog.records
+    experiment.build_stream(tiny.config(data__rows=1640))
+    assert "rows than there are images, 1639" in caplog.text
+
+
+def test_rows_of_an_evaluation_grow_until_every_aspect_fits():
+    config = tiny.config(data__tokens=256)
+    source = {"clipart": {"name": "clipart", "split": "validation"}}
+    section = {"sources": source, "sides": [271], "slots": 1}
+    ((_, stream),) = experiment.build_eval_streams(config, section, "validation")
+    assert stream.plan.tokens == 512  # a picture of 3 : 1 takes 261
+    images = stream.plan.plan_window(0, 0).images
+    assert not images.shrunk[images.grid.max(1) < 32].any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data__upscale": "no"}, "data.upscale='no': give True or False"),
+        ({"data__flip": True}, "data.flip=True: give a number"),
+        ({"data__packer": 3}, "data.packer=3: give text"),
+        ({"train__accumulate": 2.5}, "accumulate=2.5: give a whole number"),
+        ({"data__crop": "inception"}, "data.crop='inception': give a section"),
+        ({"optim__schedule": "cosine"}, "optim.schedule='cosine': give a section"),
+        ({"checkpoint": 5}, "checkpoint=5: give a section"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment.check_sections(tiny.config(**change))

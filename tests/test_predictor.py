@@ -1,5 +1,6 @@
 import csv
 import math
+import os
 import subprocess
 import sys
 
@@ -122,6 +123,46 @@ def test_a_picture_longer_than_a_row_of_training_is_seen_whole(predictor, pictur
     assert [t.shape[:2] for t in tokens] == [(8, 17), (12, 12)]  # of rows of 32
 
 
+@pytest.mark.parametrize("dial", [{"side": 400}, {"tokens": 900}])
+def test_a_panorama_or_a_bad_picture_alone_is_no_error_of_the_run(predictor, dial):
+    panorama = np.zeros((16, 500, 3), np.uint8)
+    rows, columns, _ = predictor.tokens([panorama], **dial)[0].shape
+    assert columns == 32  # all that the positions reach
+    assert rows == 1
+    with pytest.raises(ValueError, match=r"images\[0\] \(bytes\).*not_image"):
+        predictor.predict([b"no picture"], **dial)
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "La", "PA", "RGBa", "HSV", "YCbCr", "1"])
+def test_any_mode_of_pillow_is_seen_as_a_file_of_its_pixels_would_be(predictor, mode):
+    levels = np.linspace(0, 255, 1024).reshape(32, 32)
+    alpha = np.dstack([*[levels.astype(np.uint8)] * 3, 255 - levels.astype(np.uint8)])
+    if mode in ("I", "F"):
+        picture = Image.fromarray(
+            levels / 255 if mode == "F" else levels.astype(np.int32)
+        )
+        expected = np.dstack([levels.round().astype(np.uint8)] * 3)
+    elif mode in ("La", "PA", "RGBa"):
+        plain = Image.fromarray(alpha).convert({"La": "LA"}.get(mode, "RGBA"))
+        picture = (
+            plain.convert(mode) if mode != "PA" else plain.convert("P").convert("PA")
+        )
+        white = Image.new("RGBA", plain.size, "white")
+        seen = picture.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
+        expected = np.asarray(Image.alpha_composite(white, seen).convert("RGB"))
+    else:
+        picture = Image.fromarray(alpha[..., :3]).convert(mode)
+        expected = np.asarray(picture.convert("RGB"))
+    found = predictor.predict([picture, expected])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+def test_who_asks_is_not_left_under_the_mesh_of_the_predictor(predictor, pictures):
+    results = predictor.results("pooled", pictures, predictor.law())
+    next(results)
+    assert jax.sharding.get_abstract_mesh().empty
+
+
 def test_no_pictures_give_no_numbers(predictor):
     assert predictor.predict([]).shape == (0, 8)
     assert predictor.embed([]).shape == (0, 32)
@@ -165,17 +206,24 @@ def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_pat
     for name, picture in zip(names, pictures, strict=False):
         Image.fromarray(picture).save(folder / name)
     (folder / "bad.jpg").write_bytes(b"<html>")
+    (folder / os.fsdecode(b"z\xff.png")).write_bytes((folder / "a.png").read_bytes())
     out = tmp_path / "out.csv"
     command = [
         *(sys.executable, "-m", "navit_jax.predict", f"--workdir={workdir}"),
         *(f"--images={folder}", f"--output={out}", "--side=48", "--top=2"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "4 pictures" in done.stdout
+    assert "5 pictures" in done.stdout
     assert "1 could not be used" in done.stdout
     with out.open() as file:
         lines = {line["file"]: line for line in csv.DictReader(file)}
-    assert list(lines) == ["a.png", "b.png", "bad.jpg", "deeper/c, of commas.png"]
+    assert list(lines) == [
+        "a.png",
+        "b.png",
+        "bad.jpg",
+        "deeper/c, of commas.png",
+        "z\\xff.png",
+    ]
     assert lines["bad.jpg"]["error"] == "not_image"
     predictor = navit_jax.load(workdir)
     for name, expected in zip(

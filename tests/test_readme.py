@@ -52,10 +52,12 @@ def test_the_command_of_the_readme_trains_on_a_folder_and_judges_on_a_part(tmp_p
 
 def test_the_library_calls_of_the_readme_work_as_written():
     text = (tiny.ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in blocks if "assign_rows" in block)
     batch = pack([[image(1, (3, 4)), image(2, (2, 2))]])
     q = jax.random.normal(jax.random.key(0), (1, 32, 2, 4))
     scope = {
+        "navit_jax": navit_jax,
         "q": q,
         "k": q,
         "v": q,

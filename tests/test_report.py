@@ -87,6 +87,18 @@ def test_a_report_is_one_page_with_curves_pictures_and_escaped_text(folder):
     assert "href=" not in text.replace('href="#', "")
 
 
+def test_an_evaluation_of_before_the_last_one_of_the_run_is_not_shown(folder):
+    path = folder / "evaluation.json"
+    judged = json.loads(path.read_text())
+    for step, shown in ((9, True), (2, False)):
+        path.write_text(json.dumps({**judged, "step": step}))
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "eval/own_32/accuracy": 0.875}\n')
+        said = "".join(Tags(page_of(folder)).text)
+        assert ("0.125" in said) == shown
+        assert f"judged{max(step, 3)}" in said
+
+
 def test_two_runs_are_on_one_page_with_what_differs(folder, tmp_path):
     other = make_run(epath.Path(tmp_path) / "other", seed=7, optim__lr=0.5)
     page = Tags(page_of(folder, other))

@@ -353,11 +353,25 @@ def test_a_folder_whose_sub_folders_are_splits_is_split_by_them(tmp_path, held_o
     assert sources.folder(root, split="train").class_names == ("a", "b")
     assert sources.folder(root, split="validation").files == ("a/3.png",)
     assert sources.folder(root, split="test").files == ("b/4.png",)
-    # A class may be called train.
     assert len(sources.folder(os.path.join(root, "train"), split="train")) == 2
-    shutil.rmtree(tmp_path / "set" / held_out)
-    part = sources.folder(root, split="train")
-    assert part.class_names == ("test", "train")
+
+
+@pytest.mark.parametrize(
+    "folders, split, message",
+    [
+        (("train", "test"), "train", "sub-folders test, train, which are splits"),
+        (("train", "test"), "validation", "which are splits, not classes"),
+        (("train", "valid"), "all", "which are splits, not classes"),
+    ],
+)
+def test_splits_are_never_taken_for_classes(tmp_path, folders, split, message):
+    for name in folders:
+        (tmp_path / name / "ant").mkdir(parents=True)
+        (tmp_path / name / "ant" / "1.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=message):
+        sources.folder(str(tmp_path), split=split)
+    # Without labels they are folders like others.
+    assert len(sources.folder(str(tmp_path), labels=False)) == 2
 
 
 def test_a_split_of_a_folder_that_can_not_be_is_refused(tmp_path):

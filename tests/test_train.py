@@ -103,8 +103,10 @@ def test_a_run_told_to_stop_saves_once_and_goes_on_without_a_trace(
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [str(step) for step in saved]
     assert not list(tmp_path.glob("lock*"))
-    assert train.train(small(), tmp_path) == 0
-    kills.assert_same_runs(tmp_path, unbroken)
+    # A third time there is nothing to do, and nothing more to tell.
+    for _ in range(2):
+        assert train.train(small(), tmp_path) == 0
+        kills.assert_same_runs(tmp_path, unbroken)
 
 
 def test_a_second_interrupt_in_a_save_leaves_at_once_and_tears_nothing(
@@ -138,10 +140,19 @@ def test_another_folder_goes_on_from_a_run_to_the_same_parameters_to_the_bit(
 
 
 def test_other_data_are_no_continuation(tmp_path, unbroken):
-    config = small(data__tokens=48)
+    config = small(data__tokens=48, steps=8)
     config["checkpoint"]["resume"] = str(unbroken)
     with pytest.raises(ConfigError, match="stream of images"):
         train.train(config, tmp_path / "run")
+
+
+def test_a_run_that_has_done_all_steps_is_no_origin(tmp_path, unbroken):
+    config = small()
+    config["checkpoint"]["resume"] = str(unbroken)
+    with pytest.raises(
+        ConfigError, match=r"goes on after step 6: raise config.steps=6"
+    ):
+        train.train(config, tmp_path)
 
 
 def test_after_the_first_step_nothing_compiles_and_nothing_moves_by_itself(
@@ -280,6 +291,12 @@ def test_a_key_that_nothing_reads_is_refused_with_the_nearest(tmp_path):
     config = tiny.config()
     config["data"]["flop"] = 1
     with pytest.raises(ConfigError, match=r"data.flop is unknown; did you mean 'flip'"):
+        train.train(config, tmp_path)
+
+
+def test_a_best_that_no_evaluation_writes_is_refused(tmp_path):
+    config = tiny.config(checkpoint__best="eval/validation/accuracy")
+    with pytest.raises(ConfigError, match=r"best='eval/validation/accuracy' is of no"):
         train.train(config, tmp_path)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Integer
 
 from navit_jax import config as config_lib
@@ -203,6 +204,12 @@ def open_stream(
     """
     codecs.choose(codec)
     opened, weights = open_sources(sources)
+    images = sum(map(len, opened))
+    if training and images < rows:
+        logging.warning(
+            "data.rows=%d: a batch has more rows than there are images, %d, and shows "
+            "some several times; lower it, or check the sources", rows, images,
+        )  # fmt: skip
     build = config_lib.build
     plan = Plan(
         tables=[size_table(source) for source in opened],

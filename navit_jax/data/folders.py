@@ -71,15 +71,16 @@ def _size_and_time(folder: str, file: str) -> tuple[int, int]:
 
 
 def _parts(root: str) -> dict[str, str]:
-    """The sub-folder of each split; {} unless training and validation have one."""
-    names = {"train": ["train"], "validation": ["val", "validation"], "test": ["test"]}
+    """The sub-folder of each split that has one."""
+    valid = ["val", "valid", "validation"]
+    names = {"train": ["train"], "validation": valid, "test": ["test"]}
     parts = {
         split: name
         for split, choices in names.items()
         for name in choices
         if os.path.isdir(os.path.join(root, name))
     }
-    return parts if {"train", "validation"} <= parts.keys() else {}
+    return parts
 
 
 def _is_held_out(file: str) -> bool:
@@ -96,16 +97,24 @@ def folder(path: str, labels: bool = True, split: str = "all") -> Folder:
 
     Args:
       split: "all", "train" or "validation". If the folder has the sub-folders train and
-        validation (or val), that sub-folder, and "test" is another; if not, a tenth of
-        the pictures is for validation, chosen by a hash of the path below the folder,
-        so that a picture stays in its part when others come and go.
+        validation (or val, valid), that sub-folder, and "test" is another; if not, a
+        tenth of the pictures is for validation, chosen by a hash of the path below the
+        folder, so that a picture stays in its part when others come and go.
 
     Raises:
       ConfigError: the folder cannot be read, holds no picture, or holds pictures
-        beside its class folders; an unknown split, or one without a picture.
+        beside its class folders; an unknown split, or one without a picture; "all" of
+        a folder of splits, or one that lacks a part.
     """
     root = os.path.abspath(os.path.expanduser(path))
     parts = _parts(root)
+    paired = {"train", "validation"} <= parts.keys()
+    if labels and parts and (split == "all" or not paired):
+        raise ConfigError(
+            f"path={path!r} has sub-folders {', '.join(sorted(parts.values()))}, which "
+            "are splits, not classes: give it both train and validation and name a "
+            "split, or give the path of one of them"
+        )
     if split not in ("all", *(parts or ("train", "validation"))):
         raise ConfigError(
             f"split={split!r} of path={path!r}: known are all, train and validation, "

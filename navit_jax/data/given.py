@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from navit_jax.data import Stream, resolution, sizes
+from navit_jax.data import Stream, modes, resolution, sizes
 from navit_jax.data.load import Loader
 from navit_jax.data.plan import Plan
 from navit_jax.data.records import Record, Source, StoredSource
@@ -59,8 +59,10 @@ def _encode(picture: Any, where: str) -> bytes:
     file = io.BytesIO()
     if isinstance(picture, Image.Image):
         image = ImageOps.exif_transpose(picture)
+        if image.mode in ("La", "RGBa", "PA"):
+            image = image.convert("RGBA" if image.mode != "La" else "LA")
         if image.mode not in PNG_MODES:
-            image = image.convert("RGB")
+            image = modes.flatten(image, plain_cmyk=False)
     else:
         array = np.asarray(picture)
         if array.ndim == 3 and array.shape[2] == 1:
@@ -79,8 +81,8 @@ def _encode(picture: Any, where: str) -> bytes:
     return file.getvalue()
 
 
-# The others that Pillow has, such as CMYK, are no PNG.
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+# The others that Pillow has, such as CMYK and F, are no PNG.
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 def plan_pictures(
@@ -115,8 +117,13 @@ def plan_pictures(
     side = law(whole, table.astype(np.int64))
     grids = resolution.grids(table, side, patch, upscale, square)
     lengths = resolution.limit(grids, table, whole, LONGEST, max_side)[1]
+    largest = law.largest or 0
+    if not upscale:
+        largest = min(largest, math.sqrt(table.prod(1, dtype=np.int64).max()))
+    # The plan wants room for a square image of that side, whether there is one or not.
+    needed = max(int(lengths.max()), (int(largest) // patch) ** 2)
     length = tokens
-    while length < lengths.max():
+    while length < needed:
         length *= 2
     wanted = lengths.sum() / (length * devices)
     rows = min(2 ** max(0, math.ceil(math.log2(wanted))), ROWS * tokens // length)
