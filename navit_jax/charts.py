@@ -136,8 +136,8 @@ def _series(records: Records, name: str) -> tuple[list[int], list[float]]:
 
 
 def _plain(label: str) -> str:
-    """A label that is read as it is: matplotlib takes $...$ for formulas."""
-    return label.replace("$", r"\$")
+    """A label as it is: matplotlib takes $...$ for formulas, and leaves out _names."""
+    return label.replace("$", r"\$").replace("_", " _", label.startswith("_"))
 
 
 def _svg(figure: Any) -> str:
