@@ -243,6 +243,7 @@ def restore_params(
         f"{folder} has no whole checkpoint for step={step!r}; it has the steps "
         f"{saved_steps.find(folder)}"
         + (f", of which {candidates} are damaged" if candidates else "")
+        + ("; config.checkpoint.best names what is best" if step == "best" else "")
     )
 
 

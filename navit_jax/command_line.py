@@ -19,6 +19,8 @@ class ConfigParser(config_flags.ConfigFileFlagParser):
 
     def parse(self, path: str) -> Any:
         """The config; each section that an override names is there."""
+        if path and not pathlib.Path(file := path.split(":", 1)[0]).is_file():
+            raise ValueError(f"there is no file {file}")
         try:
             config = super().parse(path)
         except (TypeError, ValueError) as error:

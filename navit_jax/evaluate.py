@@ -140,7 +140,8 @@ def format_table(values: Mapping[str, float]) -> str:
     """
     points = dict.fromkeys(name.rsplit("/", 1)[0] for name in values)
     metrics = {name.rsplit("/", 1)[1] for name in values}
-    shots = sorted(m for m in metrics if m.endswith("_shot_accuracy"))
+    shots = [m for m in metrics if m.endswith("_shot_accuracy")]
+    shots.sort(key=lambda name: int(name.split("_")[0]))
     columns = [m for m in (*COLUMNS, *shots) if m in metrics]
     table = [["", *(COLUMNS.get(m, m) for m in columns)]]
     for point in points:

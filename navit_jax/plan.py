@@ -104,7 +104,7 @@ def define_main() -> Callable[[], int]:
     config = command_line.define_config()
     packing = flags.DEFINE_bool("packing", False, "Report the packing plan")
     windows = flags.DEFINE_integer("windows", 1, "Windows that are planned for it")
-    picture = flags.DEFINE_string("picture", "packing.png", "Where its picture goes")
+    picture = flags.DEFINE_string("picture", None, "Where its picture goes, a .png")
     images = flags.DEFINE_bool("images", False, "Draw the images too, not only bars")
 
     def main() -> int:
@@ -115,8 +115,9 @@ def define_main() -> Callable[[], int]:
         stream = experiment.build_stream(resolved)
         print(packing_report(stream, resolved["steps"], windows.value))
         draw = draw_images if images.value else draw_rows
-        draw(stream, epath.Path(picture.value))
-        print(f"picture: {picture.value}")
+        if picture.value:
+            draw(stream, epath.Path(picture.value))
+            print(f"picture: {picture.value}")
         return 0
 
     return main

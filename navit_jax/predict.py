@@ -64,6 +64,8 @@ def define_main() -> Callable[[], int]:
         asked = command_line.parse_side(side.value) if side.value else None
         law = predictor.law(asked, tokens.value)
         bad = 0
+        if not epath.Path(output.value).parent.is_dir():
+            raise ConfigError(f"--output={output.value}: its folder does not exist")
         with (
             epath.Path(output.value).open("w") as file,
             tqdm.tqdm(total=len(source), unit="img", desc="predict") as bar,

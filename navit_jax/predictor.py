@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
+from PIL import Image
 
 from navit_jax import checkpoint, data, experiment, models, run_folder, sharding
 from navit_jax import config as config_lib
@@ -26,7 +27,7 @@ from navit_jax.errors import ConfigError
 from navit_jax.tasks import Task
 
 # Each a path, the bytes of a file, a Pillow image, or a uint8 array; or a source.
-Pictures = Sequence[Any] | Source
+Pictures = Sequence[Any] | np.ndarray | Source
 Side = float | int | str | None
 
 
@@ -66,10 +67,10 @@ class Predictor:
       mesh: Rows are split over its devices.
     """
 
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = dataclasses.field(repr=False)
     class_names: Sequence[str]
-    task: Task
-    params: Mapping[str, Any]
+    task: Task = dataclasses.field(repr=False)
+    params: Mapping[str, Any] = dataclasses.field(repr=False)
     step: int
     mesh: Mesh
 
@@ -78,10 +79,10 @@ class Predictor:
         images: Pictures,
         *,
         side: Side = None,
-        tokens: int | None = None,
+        tokens: float | int | None = None,
         upscale: bool | None = None,
     ) -> Float32[np.ndarray, "M C"]:
-        """The probability of each class, by picture.
+        """The probability of each class, by picture; they sum to 1 for a softmax only.
 
         Raises:
           ValueError: a picture can not be used, a side that the model's positions do
@@ -95,7 +96,7 @@ class Predictor:
         images: Pictures,
         *,
         side: Side = None,
-        tokens: int | None = None,
+        tokens: float | int | None = None,
         upscale: bool | None = None,
     ) -> Float32[np.ndarray, "M D"]:
         """The pooled vector of each picture, before the head; raises as `predict`."""
@@ -107,7 +108,7 @@ class Predictor:
         images: Pictures,
         *,
         side: Side = None,
-        tokens: int | None = None,
+        tokens: float | int | None = None,
         upscale: bool | None = None,
     ) -> list[Float32[np.ndarray, "rows columns D"]]:
         """The encoded patches of each picture, on its grid; raises as `predict`."""
@@ -144,6 +145,10 @@ class Predictor:
 
     def _all(self, name: str, images: Pictures, *dial: Any) -> list[Any]:
         side, tokens, upscale = dial
+        one = isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray)
+        if one and not (isinstance(images, np.ndarray) and images.ndim == 4):
+            kind = type(images).__name__
+            raise ValueError(f"images is one {kind}: give a list of pictures")
         found: list[Any] = [None] * len(images)
         for result in self.results(name, images, self.law(side, tokens), upscale):
             if isinstance(result.value, BadImage):
@@ -169,7 +174,9 @@ class Predictor:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(output, static_argnums=2, out_shardings=everywhere)
 
-    def law(self, side: Side = None, tokens: int | None = None) -> resolution.Law:
+    def law(
+        self, side: Side = None, tokens: float | int | None = None
+    ) -> resolution.Law:
         """The resolution that a dial stands for.
 
         Raises:
@@ -190,7 +197,9 @@ class Predictor:
         if side is not None:
             asked, given = resolution.Fixed(side), f"side={side}"
         else:
-            asked, given = resolution.Budget(tokens or 0, patch), f"tokens={tokens}"
+            if not isinstance(tokens, int):
+                raise ConfigError(f"tokens={tokens!r}: give a whole number")
+            asked, given = resolution.Budget(tokens, patch), f"tokens={tokens}"
         longest = self._encoder.max_side
         if (asked.largest or 0) >= (longest + 1) * patch:
             raise ConfigError(

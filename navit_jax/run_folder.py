@@ -60,7 +60,9 @@ def store_config(
         differ.
     """
     path = workdir / "config.json"
-    if path.exists():
+    # A run that ended before its first record, as of a wrong path, binds to nothing.
+    begun = any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if path.exists() and begun:
         _check_same(path, config, allow_config_change)
     if jax.process_index() == 0:
         _store(path, json.dumps(config, indent=2, sort_keys=True))

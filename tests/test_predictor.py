@@ -163,6 +163,10 @@ def test_who_asks_is_not_left_under_the_mesh_of_the_predictor(predictor, picture
     assert jax.sharding.get_abstract_mesh().empty
 
 
+def test_a_predictor_is_shown_in_a_line(predictor):
+    assert len(repr(predictor)) < 500
+
+
 def test_no_pictures_give_no_numbers(predictor):
     assert predictor.predict([]).shape == (0, 8)
     assert predictor.embed([]).shape == (0, 32)
@@ -172,10 +176,13 @@ def test_no_pictures_give_no_numbers(predictor):
 @pytest.mark.parametrize(
     "images, dial, message",
     [
-        ([np.zeros((4, 4))], {}, r"pictures\[0\] is a ndarray of dtype float64"),
+        ([np.zeros((4, 4))], {}, r"images\[0\] is a ndarray of dtype float64"),
         ([np.zeros((4, 4, 2), np.uint8)], {}, r"shape \(4, 4, 2\)"),
         ([np.zeros((0, 4, 3), np.uint8)], {}, "it has no pixel"),
         (["nowhere.png"], {}, r"images\[0\] \(nowhere.png\).*unreadable"),
+        ("one.png", {}, "images is one str: give a list"),
+        (np.zeros((4, 4, 3), np.uint8), {}, "images is one ndarray: give a list"),
+        ([], {"tokens": 4.5}, "tokens=4.5: give a whole number"),
         ([], {"side": 9, "tokens": 9}, "give one of them"),
         ([], {"side": 528}, "side=528.*at most side=512 or tokens=1024"),
         ([], {"tokens": 1089}, "tokens=1089.*at most side=512 or tokens=1024"),

@@ -30,3 +30,13 @@ def test_what_a_run_is_rebuilt_from_is_never_cut(tmp_path, full_at):
     full_at(-1)
     assert run_folder.read_config(workdir) == {"seed": 1}
     assert run_folder.read_class_names(workdir) == ["ant", "bee"]
+
+
+def test_a_run_that_never_began_leaves_the_folder_to_another_config(tmp_path):
+    workdir = epath.Path(tmp_path)
+    run_folder.store_config(workdir, {"seed": 1}, False)
+    run_folder.store_config(workdir, {"seed": 2}, False)
+    assert run_folder.read_config(workdir) == {"seed": 2}
+    (workdir / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="seed: 2 -> 3"):
+        run_folder.store_config(workdir, {"seed": 3}, False)

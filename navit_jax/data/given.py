@@ -34,7 +34,7 @@ class Given:
         [h w 3], [h w 4] (with alpha), [h w 1] or [h w].
     """
 
-    pictures: Sequence[Any]
+    pictures: Sequence[Any] | np.ndarray
     name: str = "pictures"
     class_names: tuple[str, ...] = ()
 
@@ -46,7 +46,7 @@ class Given:
         if isinstance(picture, str | os.PathLike):
             return Record(str(picture), pathlib.Path(picture).read_bytes())
         if not isinstance(picture, bytes):
-            picture = _encode(picture, f"pictures[{index}]")
+            picture = _encode(picture, f"images[{index}]")
         return Record(f"[{index}]", picture)
 
 
