@@ -1,5 +1,6 @@
 """Names the images of a step whose loss or gradient was not finite."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,24 @@ def find(
 ) -> list[str]:
     """The images of this process whose loss is not finite alone, by name.
 
+    All processes must call it together.
+
     Args:
-      judge: The loss of each image, or token, of a host batch.
+      judge: The loss of each image, or token, of a host batch; all processes compute
+        it together, each gets that of its own rows.
     """
-    if jax.process_count() > 1:
-        return []  # Other processes would have to run along.
-    found = isolation.find_nonfinite(judge, host)
+    calls = itertools.count()
+
+    def counted(batch: PackedBatch) -> Any:
+        next(calls)
+        return judge(batch)
+
+    found = isolation.find_nonfinite(counted, host)
+    # The rows at once, then as many times the images of one slot as there are slots:
+    # who has fewer to try runs along with the others.
+    most = 1 + host.image_mask.shape[1]
+    for _ in range(next(calls), most if jax.process_count() > 1 else 0):
+        judge(host)
     same = [(host.image_ids == image).all(-1) & host.image_mask for image in found]
     places = np.argwhere(np.any(same, 0)) if same else ()
     return [info.keys[row][slot] for row, slot in places]

@@ -166,6 +166,12 @@ def build_stream(config: Mapping[str, Any]) -> data.Stream:
     return _open(config, config["data"], "data", training=True)
 
 
+# Keys of section `data` that no evaluation follows.
+TRAINING_ONLY = (
+    "resolution", "token_drop", "crop", "flip", "jitter", "fill", "plan_shards"
+)  # fmt: skip
+
+
 def build_eval_streams(
     config: Mapping[str, Any], section: Mapping[str, Any], name: str
 ) -> Iterator[tuple[str, data.Stream]]:
@@ -178,7 +184,16 @@ def build_eval_streams(
       section: `sources`; `sides`, in pixels or "native"; `budgets`, most patches an
         image; and keys of section `data` to replace.
       name: Of the set.
+
+    Raises:
+      ConfigError: no size is given, or a key that has an effect in training alone.
     """
+    for key in TRAINING_ONLY:
+        if key in section:
+            raise ConfigError(
+                f"config.evals.{name}.{key} has no effect: images are judged whole, at "
+                f"{name}.sides or {name}.budgets; remove it"
+            )
     own = {k: v for k, v in section.items() if k not in ("sides", "budgets")}
     patch = models.patch_size(config["model"]["size"])
     laws: dict[str, dict[str, Any]] = {}

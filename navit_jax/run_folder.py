@@ -98,8 +98,18 @@ def store_class_names(workdir: epath.Path, class_names: Sequence[str]) -> None:
 
 
 def read_class_names(workdir: epath.Path) -> list[str]:
-    """The classes a run was trained on, by number; none if it had no labels."""
-    return json.loads((workdir / "classes.json").read_text())
+    """The classes a run was trained on, by number; none if it had no labels.
+
+    Raises:
+      ConfigError: the folder has no such list.
+    """
+    path = workdir / "classes.json"
+    if not path.exists():
+        raise ConfigError(
+            f"{path} is missing, the list of the run's classes; train on in {workdir}, "
+            "which writes it again"
+        )
+    return json.loads(path.read_text())
 
 
 def environment() -> dict[str, Any]:

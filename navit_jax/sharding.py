@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -214,3 +215,9 @@ def place(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(rows, x), batch
     )
+
+
+def fetch(batch: Any, mesh: Mesh) -> Any:
+    """The numpy arrays of this process's rows that `place` took."""
+    local = multihost_utils.global_array_to_host_local_array(batch, mesh, P(ROWS))
+    return jax.device_get(local)

@@ -116,7 +116,10 @@ class Run:
             logging.info("parameters:\n%s", overview)
         self.quality = QualityLimit(self.options.bad_images, meta.get("quality", ()))
         self.step_fn = program.step()
-        self.judge = jax.jit(lambda *args: self.task.metrics(*args)["loss"].total)
+        self.judge = jax.jit(
+            lambda *args: self.task.metrics(*args)["loss"].total,
+            out_shardings=sharding.batch_sharding(mesh),
+        )
         self.position = meta.get("position")
         self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
         class_names = self.stream.class_names
@@ -173,7 +176,10 @@ class Run:
                 self._save(step, self._evaluate(step, stopped))
                 # Asked meanwhile: what is saved is enough, no step more.
                 stopped = stopped or self.stop.agreed()
-        return PREEMPTED if step < self.steps or self.owed else 0
+        if step == self.steps and not self.owed:
+            return 0
+        logging.info("told to stop: the same command goes on after step %d", step)
+        return PREEMPTED
 
     def _due(self, step: int, *names: str) -> bool:
         every = [getattr(self.options, name) for name in names]
@@ -201,7 +207,7 @@ class Run:
 
         def judge(batch: PackedBatch) -> Any:
             placed = sharding.place(batch, self.mesh)
-            return jax.device_get(self.judge(self.state.params, placed))
+            return sharding.fetch(self.judge(self.state.params, placed), self.mesh)
 
         named = culprits.find(judge, host, info)
         path = culprits.report(self.workdir, step, named, info, metrics)

@@ -139,3 +139,23 @@ def test_rows_of_an_evaluation_grow_until_every_aspect_fits():
 def test_a_value_of_another_kind_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         experiment.check_sections(tiny.config(**change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop": {"name": "inception", "area_low": 0.5}},
+        {"fill": True},
+        {"flip": 0.5},
+        {"jitter": 0.4},
+        {"plan_shards": 2},
+        {"resolution": {"name": "fixed", "side": 64}},
+        {"token_drop": {"name": "constant", "rate": 0.5}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_set_to_judge_refuses_what_only_training_follows(change):
+    config = tiny.config()
+    section = {"sources": config["data"]["sources"], "sides": (64,), **change}
+    with pytest.raises(ConfigError, match=rf"evals\.mine\.{next(iter(change))} has no"):
+        list(experiment.build_eval_streams(config, section, "mine"))

@@ -13,29 +13,29 @@ import pytest
 import tiny
 from etils import epath
 
-from navit_jax import reporting, train
+from navit_jax import experiment, reporting, train
 
 TESTS = str(pathlib.Path(__file__).parent)
 PROGRAM = """
 import json, sys, jax
-address, index, config, workdir, point = sys.argv[1:]
+address, index, config, workdir, before = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(index))
 from absl import flags
 flags.FLAGS.mark_as_parsed()
 import kills
+import jax.numpy as jnp
 from navit_jax import compile, evaluator, host_signals, records, train
-if point and index == "1":
-    owner, name, call = point.split()
-    kills.signal_at(eval(owner), name, int(call))
+from navit_jax.tasks.classification import Classification as Task
+exec(before)
 sys.exit(train.train(json.loads(config), workdir))
 """
 
 
-def run_two(config, workdir, point=""):
+def run_two(config, workdir, before=""):
     """Trains on two processes; returns what each said and its exit code.
 
     Args:
-      point: "owner name call" of `kills.signal_at`: where the second one is signalled.
+      before: A program that each runs first; it knows its `index`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def run_two(config, workdir, point=""):
                 str(i),
                 json.dumps(config),
                 str(workdir),
-                point,
+                before,
             ],
             env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": TESTS},
             stdout=subprocess.PIPE,
@@ -60,7 +60,11 @@ def run_two(config, workdir, point=""):
         )
         for i in range(2)
     ]
-    said = [process.communicate(timeout=240)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return said, [process.returncode for process in processes]
 
 
@@ -96,10 +100,10 @@ def test_two_processes_train_as_one_and_one_goes_on_with_the_same_batches(
 
 # Where one of the two processes is told to stop, and the only step that is saved then.
 STOPS = {
-    "compile.Program step 1": None,
-    "host_signals encode 1": 3,
-    "evaluator.Evaluator _run_one 1": 3,
-    "records make 1": 3,
+    "compile.Program, 'step'": None,
+    "host_signals, 'encode'": 3,
+    "evaluator.Evaluator, '_run_one'": 3,
+    "records, 'make'": 3,
 }
 
 
@@ -122,10 +126,40 @@ def judged():
 def test_one_process_told_to_stop_takes_both_along_and_they_go_on_without_a_trace(
     point, unbroken, tmp_path
 ):
-    said, codes = run_two(judged(), tmp_path, point)
+    before = f"if index == '1': kills.signal_at({point})"
+    said, codes = run_two(judged(), tmp_path, before)
     assert codes == [42, 42], "\n".join(said)
     saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert saved == ([str(STOPS[point])] if STOPS[point] else [])
     said, codes = run_two(judged(), tmp_path)
     assert codes == [0, 0], "\n".join(said)
     kills.assert_same_runs(tmp_path, unbroken)
+
+
+# An image whose loss is not finite, for all that its pixels say.
+SPOIL = """
+own = Task._means
+def spoiled(self, logits, batch):
+    means = own(self, logits, batch)
+    hit = (batch.image_ids[..., 1] == {image}) & batch.image_mask
+    total = jnp.where(hit, jnp.nan, means["loss"].total)
+    return means | {{"loss": means["loss"].replace(total=total)}}
+Task._means = spoiled
+"""
+
+
+@pytest.mark.slow
+def test_the_culprit_of_one_process_is_named_by_it_and_the_other_runs_along(tmp_path):
+    config = tiny.config(steps=2, train__report_every=1)
+    host, info = next(experiment.build_stream(config).batches(np.arange(8)))
+    row, slot = 5, 1  # of the second process
+    spoil = SPOIL.format(image=host.image_ids[row, slot, 1])
+    said, codes = run_two(config, tmp_path, spoil)
+    assert codes == [0, 0], "\n".join(said)
+    named = {
+        path.name: [line for line in path.read_text().splitlines() if "alone" in line]
+        for path in tmp_path.glob("nonfinite_*.txt")
+    }
+    culprit = f"alone not finite: {info.keys[row][slot]}"
+    assert named == {"nonfinite_step_1_0.txt": [], "nonfinite_step_1_1.txt": [culprit]}
+    assert told(tmp_path, "train/nonfinite_steps") == [1, 1]

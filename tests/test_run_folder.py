@@ -14,6 +14,9 @@ def test_classes_are_kept_and_others_under_the_same_numbers_are_refused(tmp_path
     with pytest.raises(ConfigError, match="3 then, 4 now"):
         run_folder.store_class_names(workdir, ("ant", "bee", "cat", "dog"))
     assert run_folder.read_class_names(workdir) == ["ant", "bee", "cat"]
+    (workdir / "classes.json").unlink()
+    with pytest.raises(ConfigError, match="classes.json is missing"):
+        run_folder.read_class_names(workdir)
 
 
 def test_what_a_run_is_rebuilt_from_is_never_cut(tmp_path, full_at):

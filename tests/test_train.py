@@ -93,8 +93,9 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("point", INTERRUPTED)
 def test_a_run_told_to_stop_saves_once_and_goes_on_without_a_trace(
-    point, unbroken, tmp_path, monkeypatch
+    point, unbroken, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO", "absl")
     owner, name, call, num_calls, saved = INTERRUPTED[point]
     with monkeypatch.context() as patch:
         calls = kills.signal_at(owner, name, call, replace=patch.setattr)
@@ -102,6 +103,7 @@ def test_a_run_told_to_stop_saves_once_and_goes_on_without_a_trace(
     assert len(calls) == num_calls
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [str(step) for step in saved]
+    assert f"goes on after step {max(saved, default=0)}" in caplog.text
     assert not list(tmp_path.glob("lock*"))
     # A third time there is nothing to do, and nothing more to tell.
     for _ in range(2):

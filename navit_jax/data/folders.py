@@ -35,11 +35,6 @@ class Folder:
     class_names: tuple[str, ...]
     ignored: dict[str, int]
 
-    @property
-    def num_classes(self) -> int:
-        """0 when it has no labels."""
-        return len(self.class_names)
-
     @functools.cached_property
     def _class_of(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.class_names)}

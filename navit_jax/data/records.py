@@ -99,11 +99,6 @@ class Selection:
         return self.whole.class_names
 
     @property
-    def num_classes(self) -> int:
-        """Their number."""
-        return len(self.class_names)
-
-    @property
     def folder(self) -> str:
         """The folder of the whole."""
         return self.whole.folder

@@ -45,11 +45,6 @@ class Stored:
         """The stamp, taken when the source was opened."""
         return self.stamp
 
-    @property
-    def num_classes(self) -> int:
-        """0 when it has no labels."""
-        return len(self.class_names)
-
     @functools.cached_property
     def _records(self) -> ArrayRecordDataSource:
         parts = [f"{path}[{start}:{start + n}]" for path, start, n in self.parts]
@@ -73,7 +68,7 @@ class Stored:
         if len(image) != 1:
             raise DataError(f"{key} has {len(image)} values in {self.image!r}, not 1")
         key = _text(keys) or key
-        labels = check_labels(labels, self.num_classes, f"{self.name}: {key}")
+        labels = check_labels(labels, len(self.class_names), f"{self.name}: {key}")
         return Record(key, image[0], labels, _text(caption))
 
 
