@@ -1,11 +1,19 @@
 """The benchmarks run end to end in their tiny form; what they measure is not judged."""
 
+import io
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tiny
+from etils import epath
+from PIL import Image
+
+from navit_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = {
@@ -47,3 +55,61 @@ def test_a_benchmark_prints_its_tables(name, words):
     out = run(sys.executable, f"benchmarks/{name}.py", "--tiny")
     for word in words:
         assert word in out
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_sizes_are_compared_and_images_counted_that_are_upscaled(tmp_path):
+    folder = f"--workdir={tmp_path}"
+    command = "benchmarks/resolutions.py", "--tiny", "--folds=1", folder
+    lines = run(sys.executable, *command).splitlines()
+    table = {cells(line)[0]: cells(line) for line in lines if line[:1] == "|"}
+    source, counts = sources.clipart("fold1:test"), {64: 0, 128: 0}
+    for i in range(len(source)):
+        width, height = Image.open(io.BytesIO(source[i].image)).size
+        for side in counts:
+            counts[side] += side * side > height * width
+    expected = [f"{count / len(source):.0%}" for count in counts.values()]
+    assert table["images upscaled"][3:5] == expected
+    own, mixed = float(table["64"][3]), float(table["mixed"][3])
+    assert abs(mixed - own - float(table["64"][5])) < 0.0016  # three roundings
+    pairs = [cells(line) for line in lines if line.startswith(("| as", "| padded"))]
+    assert [(p[0], p[1]) for p in pairs] == [
+        (part, side) for part in ("as it is", "padded") for side in ("64", "128")
+    ]
+    for pair in pairs:
+        tokens, native, square, less = map(float, (pair[3], *pair[4:7]))
+        assert tokens == (int(pair[1]) / 16) ** 2
+        assert abs(native - square - less) < 0.0016
+        assert (float(pair[7]) > float(pair[8])) == (pair[0] == "as it is")
+    with Image.open(tmp_path / "resolutions.png") as picture:
+        assert np.array(picture.convert("L")).std() > 5
+
+
+def test_a_fold_that_is_judged_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import five_fold
+
+    calls = []
+    monkeypatch.setattr(five_fold.train, "train", lambda *a: calls.append(a) or 0)
+    config = tiny.config(evals={"validation": tiny.config()["data"]})
+    config["steps"] = 6
+    folder = epath.Path(tmp_path)
+    five_fold.train_fold(config, 2, folder)
+    ((given, _),) = calls
+    assert given["data"]["sources"]["clipart"]["split"] == "fold2:train"
+    assert given["evals"]["fold"]["sources"]["clipart"]["split"] == "fold2:test"
+    judged = {"step": 6, "eval/fold_64/accuracy": 0.5, "data/images_seen": 7}
+    (folder / "config.json").write_text(json.dumps(given))
+    (folder / "metrics.jsonl").write_text(json.dumps(judged | {"step": 4}) + "\n")
+    five_fold.train_fold(config, 2, folder)
+    assert len(calls) == 2  # it was not judged at its end
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(judged) + "\n")
+    found = five_fold.train_fold(config, 2, folder)
+    assert len(calls) == 2
+    assert found == {k: v for k, v in judged.items() if k != "step"}
+    five_fold.train_fold(config | {"seed": 1}, 2, folder)
+    assert len(calls) == 3  # it is another run's folder: training refuses it

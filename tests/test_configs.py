@@ -13,6 +13,9 @@ CONFIGS = [
         for p in tiny.ROOT.glob("configs/*.py")
         if p.stem != "folder"
     ),
+    ("configs/ablations/resolution.py",),
+    ("configs/ablations/resolution.py", "square"),
+    ("configs/ablations/resolution.py", "64"),
     ("configs/folder.py", "/pictures"),
     ("configs/vit_baseline.py", "full"),
     ("configs/navit_classification.py", "variant=L/14,res=56:224"),

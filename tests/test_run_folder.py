@@ -15,7 +15,7 @@ def test_classes_are_kept_and_others_under_the_same_numbers_are_refused(tmp_path
         run_folder.store_class_names(workdir, ("ant", "bee", "cat", "dog"))
     assert run_folder.read_class_names(workdir) == ["ant", "bee", "cat"]
     (workdir / "classes.json").unlink()
-    with pytest.raises(ConfigError, match="classes.json is missing"):
+    with pytest.raises(ConfigError, match=r"classes\.json is missing"):
         run_folder.read_class_names(workdir)
 
 

@@ -15,6 +15,7 @@ from absl import logging
 from jaxtyping import UInt16
 
 from navit_jax.data import folders, images
+from navit_jax.data.padded import Padded
 from navit_jax.data.records import (
     Selection,
     Source,
@@ -45,6 +46,8 @@ def size_table(
     Raises:
       DataError: a record breaks its contract, such as a label out of range.
     """
+    if isinstance(source, Padded):
+        return source.sizes
     if isinstance(source, Selection):
         return size_table(source.whole, threads, read_size)[source.indices]
     paths = _paths(source)

@@ -1,20 +1,27 @@
-"""The sources a config can name, and the embedded set `clipart`.
+"""The sources a config can name, the embedded set `clipart` and `padded` among them.
 
 Letters: M images.
 """
 
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from navit_jax import config as config_lib
 from navit_jax.data.folders import folder
+from navit_jax.data.padded import Padded
 from navit_jax.data.prepared import open_folder, tfds
 from navit_jax.data.records import Record, Selection, Source, cache_folder
+from navit_jax.data.sizes import size_table
 from navit_jax.data.stored import array_record
 from navit_jax.errors import ConfigError
 
-__all__ = ["SOURCES", "Record", "Source", "array_record", "clipart", "folder", "tfds"]
+__all__ = [
+    "SOURCES", "Record", "Source", "array_record", "clipart", "folder", "padded", "tfds"
+]  # fmt: skip
 
 CLIPART = pathlib.Path(__file__).parent / "clipart"
 SPLITS = ("train", "validation", "test")
@@ -84,9 +91,32 @@ def _choose(split: str, splits: np.ndarray, folds: np.ndarray) -> np.ndarray:
     )
 
 
+def padded(source: Any, seed: int = 0, split: str = "") -> Padded:
+    """Opens another source, its pictures on white canvases of each other's aspects.
+
+    Args:
+      source: Its section, as of any source.
+      seed: Of the aspects, see `padded.draw_canvases`.
+      split: Stands for that of the section, so that a set can be judged on another part
+        as any other; "" leaves it.
+
+    Raises:
+      ConfigError: `source` is no section, or as the source itself.
+    """
+    if not isinstance(source, Mapping):
+        raise ConfigError(
+            f"source={source!r} of a padded source: give a section, as "
+            "{'name': 'clipart', 'split': 'test'}"
+        )
+    section = {**source, "split": split} if split else source
+    whole = config_lib.build(section, SOURCES, "padded.source")
+    return Padded(whole, size_table(whole), seed)
+
+
 SOURCES = {
     "array_record": array_record,
     "clipart": clipart,
     "folder": folder,
+    "padded": padded,
     "tfds": tfds,
 }

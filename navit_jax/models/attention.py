@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -79,7 +80,8 @@ def dense(
 ) -> Float[Array, "B L H K"]:
     """The reference: all L x L scores, masked; padding is one more image."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=same[:, None])
+    out = jax.nn.dot_product_attention(q, k, v, mask=same[:, None])
+    return checkpoint_name(out, "attended")
 
 
 Attend = Callable[[Array, Array, Array, Array], Array]

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 # Finite: the difference of two infinities would be NaN.
@@ -214,7 +215,8 @@ def _forward(
 
     carry = jnp.zeros_like(flat_q), jnp.zeros(flat_q.shape[:2])
     out, logsum = _visit(segment_ids, S, step, carry)
-    out = out.reshape(q.shape)
+    out = checkpoint_name(out.reshape(q.shape), "attended")
+    logsum = checkpoint_name(logsum, "attended")
     return out, (q, k, v, segment_ids, out, logsum)
 
 

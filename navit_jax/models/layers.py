@@ -6,6 +6,7 @@ Shapes: B rows, L tokens a row, D width, H heads, K head width, W pairs of a hea
 from typing import Any
 
 import flax.linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from navit_jax.models.attention import packed_attention
@@ -68,7 +69,8 @@ class Mlp(nn.Module):
                 name=name,
             )
 
-        hidden = nn.gelu(dense(self.hidden, "up")(tokens), approximate=True)
+        hidden = checkpoint_name(dense(self.hidden, "up")(tokens), "hidden")
+        hidden = nn.gelu(hidden, approximate=True)
         return dense(tokens.shape[-1], "down")(hidden)
 
 
@@ -103,7 +105,7 @@ class Attention(nn.Module):
             layer = project_heads(
                 self.num_heads, D // self.num_heads, self.bias_qkv, self.dtype, name
             )
-            return layer(tokens)
+            return checkpoint_name(layer(tokens), "projected")
 
         query, key, value = heads("query"), heads("key"), heads("value")
         if self.qk_norm:

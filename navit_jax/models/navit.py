@@ -45,6 +45,9 @@ from navit_jax.models.rope import Rope
 # What the backward pass of a block keeps from the forward pass.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
+    "light": jax.checkpoint_policies.save_only_these_names(
+        "projected", "attended", "hidden"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -77,8 +80,10 @@ class NaViT(nn.Module):
         and the statistics of layer norms are float32 in both.
       scan: One compiled block run `depth` times; False compiles each. The parameters
         are the same.
-      remat: What the backward pass keeps of a block, one of `REMAT`: "none" keeps
-        everything, "full" nothing.
+      remat: What the backward pass keeps of a block, one of `REMAT`: "light" keeps
+        queries, keys, values, what was attended and the MLP's hidden layer, and
+        computes norms and activations again, which is also faster where memory is the
+        limit; "none" keeps everything, "full" nothing.
       drop_path: Rate at which the last block drops a branch of an image.
       dropout: Rate at which entries of a residual branch are dropped.
     """
@@ -97,7 +102,7 @@ class NaViT(nn.Module):
     attention: str = "auto"
     dtype: str = "float32"
     scan: bool = True
-    remat: str = "none"
+    remat: str = "light"
     drop_path: float = 0.0
     dropout: float = 0.0
 
