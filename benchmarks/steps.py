@@ -39,19 +39,31 @@ def program(settings: dict[str, Any], batch: PackedBatch) -> compile.Program:
     return compile.Program(settings, task, batch, jax.sharding.get_mesh())
 
 
-def step(settings: dict[str, Any], batch: PackedBatch) -> Step:
-    """Runs the trainer's step on the batch again and again; waits for each."""
+def compiled(settings: dict[str, Any], batch: PackedBatch) -> jax.stages.Compiled:
+    """The trainer's step, compiled for the batch."""
     built = program(settings, batch)
-    mesh = jax.sharding.get_mesh()
-    placed = sharding.place(batch, mesh)
-    signals = sharding.place(np.zeros((len(batch.patches), 4), np.int32), mesh)
-    run, held = built.step(), [built.first_state()]
+    run: Any = built.step()
+    return run.lower(built.abstract, *_place(batch)).compile()
+
+
+def step(
+    settings: dict[str, Any], batch: PackedBatch, run: Callable[..., Any] | None = None
+) -> Step:
+    """Runs the trainer's step, or `run`, on the batch; waits for it each time."""
+    built = program(settings, batch)
+    run, held, rows = run or built.step(), [built.first_state()], _place(batch)
 
     def call() -> None:
-        held[0], metrics = run(held[0], placed, signals)
+        held[0], metrics = run(held[0], *rows)
         jax.block_until_ready((held[0], metrics))
 
     return call
+
+
+def _place(batch: PackedBatch) -> tuple[PackedBatch, jax.Array]:
+    """The batch and the host's numbers beside it, on the devices."""
+    signals = np.zeros((len(batch.patches), 4), np.int32)
+    return sharding.place((batch, signals), jax.sharding.get_mesh())
 
 
 def count(batch: PackedBatch) -> tuple[int, int]:

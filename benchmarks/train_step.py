@@ -3,7 +3,8 @@
 Times whole steps (forward, backward, AdamW) of the trainer's own jitted step on the
 fixed list of sizes, alternatives in turn, and prints ratios of one run: images/s of
 packed rows over the same model on squares of 224 and over one padded image a row; time
-per token of long rows over short; of S over Ti; where the time goes.
+per token of long rows over short; of S over Ti; where the time goes; what keeping less
+for the backward pass costs and saves.
 `--tiny` is for a test.
 """
 
@@ -23,24 +24,26 @@ from navit_jax.models import attention, flops, sizes
 
 TINY = flags.DEFINE_bool("tiny", False, "Small shapes, one repeat")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds")
-PARTS = flags.DEFINE_list("parts", ["plain", "rows", "sizes", "where"], "")
+PARTS = flags.DEFINE_list("parts", ["plain", "rows", "sizes", "where", "remat"], "")
 
 
 def compare_plain(tiny: bool, repeats: int) -> None:
     """Packed rows against squares of 224, and against one padded image a row."""
     lines = []
-    for size, num in (("Ti/16", 96), ("S/16", 48)):
+    num = 16 if tiny else 96
+    for size in ("Ti/16", "S/16"):
         model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
-        num = 8 if tiny else num
         squares = np.full((num, 2), 14)
         packed = fixed_list.packed(num_rows=num // 8, num_tokens=1024, num_slots=24)
         single = fixed_list.alone(fixed_list.grids(num), num_tokens=272)
         plain = fixed_list.alone(squares, num_tokens=196)
+        # Parts of about 2,000 tokens, the best of all three: larger ones leave the
+        # caches, smaller ones pay more often for summing gradients.
         cases = {
             # A square a row has nothing to skip: dense is the plain model's best.
             "plain ViT, 224": (plain, 8, "dense"),
             "one padded image a row": (single, 8, "auto"),
-            "packed, rows of 1024": (packed, num // 8 // 3 or 1, "auto"),
+            "packed, rows of 1024": (packed, 2, "auto"),
         }
         calls = {
             name: steps.step(
@@ -160,6 +163,38 @@ def break_down(tiny: bool, repeats: int) -> None:
     )
 
 
+def compare_remat(tiny: bool, repeats: int) -> None:
+    """Time and memory of the step by what a block keeps for the backward pass."""
+    lines = []
+    model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
+    batch = fixed_list.packed(4, 1024, 24)
+    for size in ("Ti/16", "S/16"):
+        cases = {
+            remat: steps.config(size, batch, 2, remat=remat, **model)
+            for remat in ("none", "light", "full")
+        }
+        runs = {name: steps.compiled(cases[name], batch) for name in cases}
+        calls = {name: steps.step(cases[name], batch, runs[name]) for name in cases}
+        seconds = timing.interleave(calls, repeats)
+        for name, run in runs.items():
+            memory = run.memory_analysis()
+            assert memory is not None, "this backend does not tell"
+            lines.append(
+                [
+                    size,
+                    name,
+                    f"{np.median(seconds[name]):.2f}",
+                    timing.ratio(seconds[name], seconds["none"]),
+                    f"{memory.temp_size_in_bytes / 1e6:.0f}",
+                ]
+            )
+    steps.table(
+        "What a block keeps",
+        "size | remat | s/step | over none | temporaries MB",
+        lines,
+    )
+
+
 def products(spec: sizes.Spec, tokens: int) -> steps.Step:
     """The matrix products of a step's blocks and patch embedding, and nothing else."""
     D, F = spec.width, spec.mlp
@@ -194,6 +229,7 @@ def main(_: list[str]) -> None:
             "rows": compare_rows,
             "sizes": compare_sizes,
             "where": break_down,
+            "remat": compare_remat,
         }
         for name in PARTS.value:
             parts[name](TINY.value, 1 if TINY.value else REPEATS.value)

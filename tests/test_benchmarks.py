@@ -47,8 +47,12 @@ def test_the_gpu_script_compares_and_times_everything_on_any_backend():
     "name, words",
     [
         ("attention", ["dense / blocks", "work / sum n^2"]),
-        ("train_step", ["Packed against plain", "Long rows", "Where the time goes"]),
+        (
+            "train_step",
+            ["Packed against plain", "Long rows", "Where the time goes", "keeps"],
+        ),
         ("compiling", ["scanned / unrolled", "with a full cache"]),
+        ("contrastive", ["time / dense", "of gathering both", "d image"]),
     ],
 )
 def test_a_benchmark_prints_its_tables(name, words):

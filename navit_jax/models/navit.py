@@ -46,7 +46,7 @@ from navit_jax.models.rope import Rope
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "light": jax.checkpoint_policies.save_only_these_names(
-        "projected", "attended", "hidden"
+        "projected", "attended", "between", "hidden"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -81,9 +81,9 @@ class NaViT(nn.Module):
       scan: One compiled block run `depth` times; False compiles each. The parameters
         are the same.
       remat: What the backward pass keeps of a block, one of `REMAT`: "light" keeps
-        queries, keys, values, what was attended and the MLP's hidden layer, and
-        computes norms and activations again, which is also faster where memory is the
-        limit; "none" keeps everything, "full" nothing.
+        the results of matrix products and of attention, and computes norms and
+        activations again, which is faster where memory is slow; "none" keeps
+        everything, "full" nothing.
       drop_path: Rate at which the last block drops a branch of an image.
       dropout: Rate at which entries of a residual branch are dropped.
     """
@@ -190,7 +190,7 @@ class NaViT(nn.Module):
             )
         angles = positions if rotary else None
         tokens, _ = self._blocks(spec, dtype)(tokens, draws, segment_ids, angles)
-        tokens = layer_norm(self.bias_ln, dtype, "norm")(tokens)
+        tokens = layer_norm(tokens, self.bias_ln, dtype, "norm")
         tokens = jnp.where(real, tokens, 0)
         return {"tokens": tokens} | self._pool(tokens, segment_ids, N, spec, dtype)
 

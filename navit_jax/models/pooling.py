@@ -112,6 +112,6 @@ class AttentionPool(nn.Module):
         )
         attended = segment_attend(scores / K**0.5, value, masks)
         pooled = merge_heads(D, self.bias_mlp, self.dtype, "out")(attended)
-        normed = layer_norm(self.bias_ln, self.dtype, "norm")(pooled)
+        normed = layer_norm(pooled, self.bias_ln, self.dtype, "norm")
         pooled += Mlp(self.hidden, self.bias_mlp, self.dtype, name="mlp")(normed)
         return jnp.where(masks.any(-1, keepdims=True), pooled, 0)
