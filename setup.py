@@ -38,10 +38,14 @@ REQUIRE = [
 # JPEGs are decoded and resized by these where they are installed (docs/data.md).
 FAST = ["simplejpeg>=1.9", "opencv-python-headless>=4.10"]
 
+# Captions are made tokens by these; nothing else needs them (docs/data.md).
+TEXT = ["sentencepiece>=0.2.1", "tokenizers>=0.21"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "fast": FAST,
+    "text": TEXT,
     # Other people's checkpoints; nothing uses them yet.
     "weights": ["safetensors>=0.5", "onnx>=1.17"],
     "test": [
@@ -53,6 +57,7 @@ EXTRAS = {
         "ruff>=0.9",
         "basedpyright>=1.28",
         *FAST,
+        *TEXT,
     ],
 }
 
@@ -65,7 +70,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["navit_jax", "navit_jax.*"]),
-    package_data={"navit_jax": ["data/clipart/**/*", "py.typed"]},
+    package_data={"navit_jax": ["data/clipart/**/*", "data/clipart.model", "py.typed"]},
     install_requires=REQUIRE,
     extras_require=EXTRAS,
 )

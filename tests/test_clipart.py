@@ -17,7 +17,8 @@ from PIL import Image
 from navit_jax.data import sources
 from navit_jax.data.builders import captions, classes, clipart, groups, openclipart
 from navit_jax.data.images import read_size
-from navit_jax.data.sizes import SAMPLE, size_table
+from navit_jax.data.sizes import size_table
+from navit_jax.data.tables import SAMPLE
 from navit_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
@@ -51,7 +52,7 @@ def test_splits_share_no_picture_and_hold_every_labelled_one(labels, count):
     np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
     for part in parts:
         found = {label for i in range(len(part)) for label in part[i].labels}
-        assert found <= set(range(part.num_classes))
+        assert found <= set(range(len(part.class_names)))
         if labels == "classes8":
             assert len(found) == 8
 
@@ -125,7 +126,8 @@ def test_labels_are_the_folder_and_the_folders_of_links(
 
 
 def test_captions_are_there_and_free_of_junk(records):
-    texts = [r.caption for r in records]
+    texts = [caption for r in records for caption in r.captions]
+    assert len(texts) == len(records)
     assert all(t and t == t.strip().lower() and t.isprintable() for t in texts)
     junk = r"hash\(|@|https?:|clipart by|buculei|rollandin|public domain|unsorted|&#|_"
     assert [t for t in texts if re.search(junk, t)] == []

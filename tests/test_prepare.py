@@ -8,7 +8,7 @@ import tiny
 from PIL import Image
 from test_images import exif, photo
 
-from navit_jax.data import images, open_sources, prepare, sizes, sources
+from navit_jax.data import images, open_sources, prepare, sizes, sources, tables
 from navit_jax.errors import ConfigError, DataError
 
 SIZES = [(90, 120), (120, 90), (60, 61), (300, 40), (33, 47), (100, 100)]
@@ -48,6 +48,7 @@ def test_what_is_prepared_is_what_would_be_read_with_all_that_belongs_to_it(
     for i, original in enumerate(originals):
         record = opened[i]
         assert (record.key, record.labels) == (original.key, original.labels)
+        assert record.captions == original.captions == ()
         h, w = images.read_size(original.image)
         scale = min(1, 64 / np.sqrt(h * w)) / 16
         target = tuple(max(1, int(s * scale + 1e-9)) * 16 for s in (h, w))
@@ -63,7 +64,7 @@ def test_sizes_are_known_without_reading_what_was_prepared(
 ):
     section, _ = prepare.prepare(source, tmp_path / "out", 64, 16)
     (opened,), _ = open_sources({"mine": section})
-    monkeypatch.setattr(sizes, "scan", None)
+    monkeypatch.setattr(tables, "scan", None)
     table = sizes.size_table(opened)
     expected = [images.read_size(opened[i].image) for i in range(12)]
     np.testing.assert_array_equal(table, expected)

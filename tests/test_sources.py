@@ -18,7 +18,7 @@ from PIL import Image
 from tensorflow_datasets.core import constants
 
 from navit_jax import config
-from navit_jax.data import sizes, sources
+from navit_jax.data import sizes, sources, tables
 from navit_jax.data.images import BadImage, read_size
 from navit_jax.errors import ConfigError, DataError
 
@@ -52,6 +52,7 @@ class Tiny(tfds_lib.core.GeneratorBasedBuilder):
                     "label": label,
                     "many": features.Sequence(features.ClassLabel(num_classes=9)),
                     "text": features.Text(),
+                    "captions": features.Sequence({"text": features.Text()}),
                     "number": np.int64,
                     "objects": features.Sequence({"label": label}),
                 }
@@ -70,6 +71,7 @@ class Tiny(tfds_lib.core.GeneratorBasedBuilder):
                     "label": i % 3,
                     "many": [8, i, 8][:i],
                     "text": f"picture {i} é",
+                    "captions": [{"text": f"{j} of {i}"} for j in range(i)],
                     "number": i,
                     "objects": [{"label": 2}, {"label": 0}][: i % 3],
                 },
@@ -100,7 +102,16 @@ def test_a_tfds_set_gives_what_tfds_itself_reads(prepared, label):
         expected = {**row, "objects/label": objects, None: []}[label]
         assert record.image == row["image"]
         assert record.labels == tuple(sorted(set(np.ravel(expected).tolist())))
-        assert record.caption == row["text"].decode()
+        assert record.captions == (row["text"].decode(),)
+
+
+def test_a_record_has_all_captions_of_a_nested_feature(prepared):
+    arguments = {"data_dir": str(prepared), "caption": "captions/text"}
+    records = read(sources.tfds("tiny", "train", **arguments))
+    expected = {f"picture {i} é": [f"{j} of {i}" for j in range(i)] for i in range(5)}
+    names = read(sources.tfds("tiny", "train", str(prepared), key="text"))
+    for record, name in zip(records, names, strict=True):
+        assert list(record.captions) == expected[name.key]
 
 
 def test_a_tfds_set_knows_its_classes_keys_and_slices(prepared):
@@ -129,9 +140,13 @@ def test_a_tfds_set_is_looked_for_where_tfds_prepares_sets(prepared, monkeypatch
         ),
         ({"split": "test"}, r"split='test'.*it has \['train'\]"),
         ({"split": "train[:0]"}, r"split='train\[:0\]' of .*tiny/1.0.0 is empty"),
-        ({"image": "img"}, r"image='img': tiny/train has only \['image'"),
+        (
+            {"image": "img"},
+            r"image='img': tiny/train has only \['captions/text', 'image'",
+        ),
         ({"label": "number"}, "label='number' .* is no ClassLabel"),
         ({"caption": "objects/text"}, "caption='objects/text'"),
+        ({"caption": "captions"}, "caption='captions'"),
     ],
 )
 def test_a_wrong_tfds_argument_is_named_with_its_remedy(prepared, arguments, message):
@@ -216,8 +231,8 @@ def test_array_record_files_of_examples_give_labels_captions_and_keys(tmp_path):
         key="id",
         num_classes=3,
     )
-    assert source[0] == sources.Record("x", png(2, 3), (0, 2), "über")
-    assert source[1] == sources.Record("y", png(2, 3), (1,), "bad \ufffd")
+    assert source[0] == sources.Record("x", png(2, 3), (0, 2), ("über",))
+    assert source[1] == sources.Record("y", png(2, 3), (1,), ("bad \ufffd",))
     with pytest.raises(DataError, match=r"z has label 3, outside 0\.\.2"):
         source[2]
     with pytest.raises(DataError, match=r"a.array_record/3 has no feature 'jpg'"):
@@ -244,7 +259,18 @@ def test_a_caption_of_any_kind_comes_through_as_it_is(tmp_path, caption):
     write_records(tmp_path / "a.array_record", rows)
     path = str(tmp_path / "a.array_record")
     source = sources.array_record(path, image="jpg", caption="txt")
-    assert source[0].caption == caption
+    assert source[0].captions == (caption,)
+
+
+def test_an_example_may_have_several_captions_or_none(tmp_path):
+    path = tmp_path / "a.array_record"
+    rows = [{"txt": [b"a", b"", b"\xff"]}, {}, {"txt": [b"b"]}, {"txt": [1]}]
+    write_records(path, [example(jpg=[png(2, 3)], **row) for row in rows])
+    source = sources.array_record(str(path), image="jpg", caption="txt")
+    found = [source[i].captions for i in range(3)]
+    assert found == [("a", "", "\ufffd"), (), ("b",)]
+    with pytest.raises(DataError, match=r"a.array_record/3 has numbers in 'txt'"):
+        source[3]
 
 
 def test_a_corrupt_record_is_an_os_error_that_names_it(tmp_path):
@@ -451,7 +477,7 @@ def test_the_size_table_is_kept_beside_the_data_and_mapped(tmp_path):
         sources.folder(str(root)), read_size=lambda d: calls.append(d) or read_size(d)
     )
     assert isinstance(again, np.memmap)
-    assert len(calls) == sizes.SAMPLE
+    assert len(calls) == tables.SAMPLE
     np.testing.assert_array_equal(first, again)
     assert kept.exists()
     assert not (tmp_path / "cache").exists()
@@ -505,14 +531,14 @@ def test_a_folder_that_cannot_be_written_keeps_its_table_in_the_cache(
     tmp_path, monkeypatch
 ):
     root = make_folder(tmp_path / "set", ["1.png", "2.png"])
-    save = sizes._save
+    save = tables._save
 
     def refuse(path, table, stem):
         if path.is_relative_to(root):
             raise PermissionError(path)
         save(path, table, stem)
 
-    monkeypatch.setattr(sizes, "_save", refuse)
+    monkeypatch.setattr(tables, "_save", refuse)
     first = sizes.size_table(sources.folder(str(root)))
     assert list(root.glob("sizes-*")) == []
     assert len(list((tmp_path / "cache").rglob("sizes-*.npy"))) == 1
@@ -521,7 +547,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_table_in_the_cache(
         sources.folder(str(root)), read_size=lambda d: calls.append(d) or read_size(d)
     )
     np.testing.assert_array_equal(first, again)
-    assert len(calls) == sizes.SAMPLE  # the sample, no scan
+    assert len(calls) == tables.SAMPLE  # the sample, no scan
 
 
 def test_a_picture_without_a_usable_header_has_size_zero(tmp_path, caplog):

@@ -15,8 +15,8 @@ EXTENSIONS = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png"),
     *(".tif", ".tiff", ".webp"),
 )
-# The size table lies beside the pictures.
-TABLE = "sizes-"
+# These lie beside the pictures (`tables.py`).
+TABLES = ("sizes-", "captions-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def folder(path: str, labels: bool = True, split: str = "all") -> Folder:
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS:
                 files.append(os.path.relpath(os.path.join(parent, name), root))
-            elif not (parent == root and name.startswith(TABLE)):
+            elif not (parent == root and name.startswith(TABLES)):
                 ignored[extension or "no extension"] += 1
     ignored += collections.Counter()  # Drops zeros.
     if ignored:

@@ -79,9 +79,10 @@ def shrink(
     example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
     feature = example.features.feature
     feature["image"].bytes_list.value.append(file.getvalue())
-    for name, text in (("caption", record.caption), ("key", record.key)):
-        data = text.encode("utf-8", "surrogateescape")
-        feature[name].bytes_list.value.append(data)
+    captions = [text.encode("utf-8", "surrogatepass") for text in record.captions]
+    feature["caption"].bytes_list.value.extend(captions)
+    key = record.key.encode("utf-8", "surrogateescape")
+    feature["key"].bytes_list.value.append(key)
     feature["label"].int64_list.value.extend(record.labels)
     data = example.SerializeToString(deterministic=True)
     return Small(record.key, "", data, (height, width))
@@ -209,7 +210,8 @@ def _describe(
 ) -> None:
     """Writes what TFDS wants to know of the files."""
     text = tfds.features.Text()
-    features: dict[str, Any] = {"image": text, "caption": text, "key": text}
+    features: dict[str, Any] = {"image": text, "key": text}
+    features["caption"] = tfds.features.Sequence(text)
     if class_names:
         label = tfds.features.ClassLabel(names=list(class_names))
         features["label"] = tfds.features.Sequence(label)

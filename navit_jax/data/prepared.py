@@ -30,7 +30,7 @@ def tfds(
         ~/tensorflow_datasets.
       image: The feature with the picture; "a/b" for a nested one.
       label: A ClassLabel or a sequence of them; None: without labels.
-      caption: A text feature.
+      caption: A text feature or a sequence of them, such as "captions/text".
       key: A text feature that names the record, such as "file_name".
 
     Raises:
@@ -72,11 +72,10 @@ def open_folder(
     # A converted set still calls tfrecord its format.
     info.set_file_format("array_record", override=True, override_if_initialized=True)
     wanted = {"image": image, "label": label, "caption": caption, "key": key}
+    features = _list_features(info.features)
     for field, feature in wanted.items():
-        if feature is not None and _find_feature(info.features, feature) is None:
-            raise ConfigError(
-                f"{field}={feature!r}: {name} has only {sorted(info.features)}"
-            )
+        if feature is not None and feature not in features:
+            raise ConfigError(f"{field}={feature!r}: {name} has only {[*features]}")
     try:
         found = base.file_instructions(info, split)  # pyright: ignore[reportArgumentType]
     except (ValueError, KeyError) as error:
@@ -96,16 +95,18 @@ def open_folder(
         folder=folder,
         parts=parts,
         **wanted,
-        class_names=_class_names(info.features, name, label),
+        class_names=_class_names(features, name, label),
         stamp=digest([split, image, *files]),
     )
 
 
-def _class_names(features: Any, name: str, label: str | None) -> tuple[str, ...]:
+def _class_names(
+    features: dict[str, Any], name: str, label: str | None
+) -> tuple[str, ...]:
     """The names of the ClassLabel `label`; () without labels."""
     if label is None:
         return ()
-    feature = _find_feature(features, label)
+    feature = features[label]
     if not isinstance(feature, tfds_lib.features.ClassLabel):
         raise ConfigError(
             f"label={label!r} of {name} is no ClassLabel but {feature}; name another "
@@ -114,13 +115,12 @@ def _class_names(features: Any, name: str, label: str | None) -> tuple[str, ...]
     return tuple(feature.names)
 
 
-def _find_feature(features: Any, path: str) -> Any:
-    """The feature at "a/b" or None; a sequence stands for what it repeats."""
-    for name in path.split("/"):
-        features = getattr(features, "feature", features)
-        if not isinstance(features, tfds_lib.features.FeaturesDict):
-            return None
-        if name not in features:
-            return None
-        features = features[name]
-    return getattr(features, "feature", features)
+def _list_features(feature: Any, path: str = "") -> dict[str, Any]:
+    """Features by path, "a/b" if nested; a sequence stands for what it repeats."""
+    feature = getattr(feature, "feature", feature)
+    if not isinstance(feature, tfds_lib.features.FeaturesDict):
+        return {path: feature}
+    found = {}
+    for part in sorted(feature):
+        found |= _list_features(feature[part], f"{path}/{part}".lstrip("/"))
+    return found

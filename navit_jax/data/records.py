@@ -25,13 +25,13 @@ class Record:
       key: Its name, unique in the source.
       image: The encoded file, of any format that `images.py` reads.
       labels: Class numbers, ascending; () where there is no label.
-      caption: "" where there is none.
+      captions: As they are stored; `tokenizer.py` says which are of use.
     """
 
     key: str
     image: bytes
     labels: tuple[int, ...] = ()
-    caption: str = ""
+    captions: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -59,21 +59,21 @@ class Source(Protocol):
 
 @runtime_checkable
 class StoredSource(Source, Protocol):
-    """A source whose size table can be kept from run to run."""
+    """A source whose tables of sizes and captions can be kept from run to run."""
 
     @property
     def folder(self) -> str:
-        """Where the size table is kept: beside the data."""
+        """Where tables are kept: beside the data."""
         ...
 
     def fingerprint(self) -> str:
-        """Hexadecimal; changes when pictures or their order may have; reads none."""
+        """Hexadecimal; changes when records or their order may have; reads none."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """Some records of a source, which shares that source's size table.
+    """Some records of a source, which shares that source's tables.
 
     Attributes:
       whole: The source selected from.

@@ -23,7 +23,7 @@ class Stored:
 
     Attributes:
       name: Names the source in messages.
-      folder: Holds the files and the size table.
+      folder: Holds the files and their tables.
       parts: (file, first record, number of records) in order.
       image, label, caption, key: Features; None: there is none. Without `image` the
         record is the encoded picture itself.
@@ -64,18 +64,23 @@ class Stored:
         if self.image is None:
             return Record(key, raw)
         wanted = (self.image, self.label, self.caption, self.key)
-        image, labels, caption, keys = _read_example(raw, wanted, key)
+        image, labels, captions, keys = _read_example(raw, wanted, key, self.caption)
         if len(image) != 1:
             raise DataError(f"{key} has {len(image)} values in {self.image!r}, not 1")
-        key = _text(keys) or key
+        key = _decode(keys[0]) if keys and keys[0] else key
         labels = check_labels(labels, len(self.class_names), f"{self.name}: {key}")
-        return Record(key, image[0], labels, _text(caption))
+        if captions and not isinstance(captions[0], bytes):
+            raise DataError(f"{key} has numbers in {self.caption!r}, which are no text")
+        return Record(key, image[0], labels, tuple(map(_decode, captions)))
 
 
 def _read_example(
-    raw: bytes, features: Sequence[str | None], key: str
+    raw: bytes, features: Sequence[str | None], key: str, optional: str | None
 ) -> list[list[Any]]:
-    """The values of the features of a serialized tf.train.Example; [] for None."""
+    """The values of the features of a serialized tf.train.Example; [] for None.
+
+    The `optional` feature may be absent, which is as if it had no value.
+    """
     try:
         example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
         stored = example.FromString(raw).features.feature
@@ -83,15 +88,18 @@ def _read_example(
         raise DataError(f"{key} is no tf.train.Example: {error}") from error
     values = []
     for name in features:
-        if name is not None and name not in stored:
+        if name is None or (name == optional and name not in stored):
+            values.append([])
+            continue
+        if name not in stored:
             raise DataError(f"{key} has no feature {name!r}, only {sorted(stored)}")
-        kind = stored[name].WhichOneof("kind") if name is not None else None
+        kind = stored[name].WhichOneof("kind")
         values.append(list(getattr(stored[name], kind).value) if kind else [])
     return values
 
 
-def _text(values: list[bytes]) -> str:
-    return values[0].decode("utf-8", "replace") if values else ""
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "replace")
 
 
 def array_record(
@@ -110,7 +118,8 @@ def array_record(
       image: The bytes feature of the examples that holds the encoded picture; None:
         each record is an encoded picture, and nothing else.
       label: An int64 feature, one or several values; needs `num_classes`.
-      caption: A bytes feature with UTF-8 text.
+      caption: A bytes feature with UTF-8 text, one or several values; a record without
+        it has no caption.
       key: A bytes feature that names the record.
       num_classes: Labels are 0 .. num_classes - 1.
 
