@@ -1,9 +1,9 @@
 """One model of many sizes beside models of one size each; native beside square.
 
 `python benchmarks/resolutions.py --workdir=runs/resolutions` trains the variants of
-configs/ablations/resolution.py over the five folds of the embedded set (an hour on two
-quiet cores; what is done is not done again), prints two Markdown tables and draws the
-first as a picture: figure 5 of NaViT (arXiv 2307.06304), in small.
+configs/ablations/resolution.py over the five folds of the embedded set (30 runs of two
+minutes on two quiet cores; what is done is not done again), prints two Markdown tables
+and draws the first as a picture: figure 5 of NaViT (arXiv 2307.06304), in small.
 """
 
 import pathlib
@@ -150,7 +150,7 @@ def draw(runs: dict[str, Values], guesses: Values, sides: list[int]) -> Any:
         value = pick(guesses, f"fold/{name}").mean()
         axes.axhline(value, ls="--", lw=1, color="#888888", zorder=1)
         axes.text(
-            1, value, f"{title} ", fontsize=8, va="bottom", ha="right", color="#555555",
+            0.6, value, title, fontsize=8, va="bottom", ha="center", color="#555555",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     shares = upscaled(runs["mixed"], sides)
