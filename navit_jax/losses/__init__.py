@@ -1,1 +1,1 @@
-"""Losses an image, or a token: nothing here averages; tasks do, over valid images."""
+"""Losses; those of one image or token leave the mean over valid images to tasks."""
