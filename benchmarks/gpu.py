@@ -3,7 +3,8 @@
 Equality of the attention implementations in float32 and bfloat16, values and gradients,
 against `dense` in float32; their forward + backward times on images of 64 to 512 tokens
 in rows of 4096; the bfloat16 training step of B/16 and L/16 in useful MFU, with
-attention's share and the peak memory. `--tiny` runs all of it on any backend.
+attention's share (of the time beside attention that passes the values on) and the
+memory by the compiler's count. `--tiny` runs all of it on any backend.
 """
 
 import functools
@@ -179,26 +180,31 @@ def time_steps(tiny: bool, repeats: int) -> None:
             for row in batch.segment_ids
         )
         useful = flops.TRAINING * flops.forward_flops(tokens, pairs, images, spec, 768)
-        names = ("auto", "values") if tiny else ("auto", "dense", "blocks", "values")
+        without = float("nan")
+        names = ("values", "dense") if tiny else ("values", "dense", "blocks", "mha")
         for name in names:
             settings = steps.config(
                 size, batch, micro, attention=name, dtype="bfloat16", **model
             )
             try:
-                call = steps.step(settings, batch)
+                run = steps.compiled(settings, batch)
+                call = steps.step(settings, batch, run)
                 taken = float(np.median(timing.interleave({name: call}, repeats)[name]))
             except Exception as error:
-                lines.append([size, name, type(error).__name__, "", "", "", ""])
+                lines.append([size, name, type(error).__name__, *[""] * 5])
                 continue
-            memory = jax.devices()[0].memory_stats() or {}
+            without = taken if name == "values" else without
+            memory = run.memory_analysis()
+            held = memory and memory.temp_size_in_bytes + memory.argument_size_in_bytes
             lines.append([
                 size, name, f"{1e3 * taken:.1f}", f"{images / taken:,.0f}",
                 f"{tokens / taken:,.0f}", f"{useful / taken / peak:.1%}",
-                f"{memory.get('peak_bytes_in_use', 0) / 2**30:.1f}",
+                f"{1 - without / taken:.0%}", f"{(held or 0) / 2**30:.2f}",
             ])  # fmt: skip
             del call
             jax.clear_caches()
-    header = "size | attention | ms/step | images/s | tokens/s | useful MFU | peak GiB"
+    header = "size | attention | ms/step | images/s | tokens/s | useful MFU"
+    header += " | attention's share | state + temporaries GiB"
     steps.table("Training step, bfloat16", header, lines)
 
 

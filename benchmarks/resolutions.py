@@ -136,7 +136,7 @@ def draw(runs: dict[str, Values], guesses: Values, sides: list[int]) -> Any:
             )
             axes.plot(
                 sides, mean, "o-", color=colour, lw=2, ms=4, zorder=4,
-                label="one model, trained at sides 32 to 128",
+                label="one model of many sizes",
             )  # fmt: skip
             continue
         at = sides.index(int(variant))

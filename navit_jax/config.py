@@ -54,7 +54,7 @@ def check(
                 if not fits and value is not None:
                     raise ConfigError(f"config.{where}.{key}={value!r}: give {name}")
                 break
-        if annotation is int and isinstance(value, float):
+        if annotation is int and (isinstance(value, float) or not number):
             raise ConfigError(f"config.{where}.{key}={value!r}: give a whole number")
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,9 @@ def check_sections(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.{key} is missing")
     if config["steps"] < 1:
         raise ConfigError(f"config.steps={config['steps']}: give at least 1")
+    for name, section in config.get("evals", {}).items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"config.evals.{name}={section!r}: give a section")
     for where in READERS:
         value = functools.reduce(_entry, where.split("."), config)
         if value is not None and not isinstance(value, Mapping):
@@ -170,6 +174,10 @@ def build_stream(config: Mapping[str, Any]) -> data.Stream:
 TRAINING_ONLY = (
     "resolution", "token_drop", "crop", "flip", "jitter", "fill", "plan_shards"
 )  # fmt: skip
+# What an evaluation set takes from section `data` unless it says otherwise.
+SHARED = (
+    "rows", "tokens", "slots", "upscale", "square", "num_labels", "codec", "threads"
+)  # fmt: skip
 
 
 def build_eval_streams(
@@ -186,36 +194,56 @@ def build_eval_streams(
       name: Of the set.
 
     Raises:
-      ConfigError: no size is given, or a key that has an effect in training alone.
+      ConfigError: no size is given, or one that is none; a key that nothing reads, or
+        that has an effect in training alone.
     """
+    where = f"evals.{name}"
     for key in TRAINING_ONLY:
         if key in section:
             raise ConfigError(
-                f"config.evals.{name}.{key} has no effect: images are judged whole, at "
+                f"config.{where}.{key} has no effect: images are judged whole, at "
                 f"{name}.sides or {name}.budgets; remove it"
             )
-    own = {k: v for k, v in section.items() if k not in ("sides", "budgets")}
     patch = models.patch_size(config["model"]["size"])
-    laws: dict[str, dict[str, Any]] = {}
-    for side in section.get("sides", ()):
-        fixed = {"name": "fixed", "side": side}
-        laws[str(side)] = {"name": "native"} if side == "native" else fixed
-    for tokens in section.get("budgets", ()):
-        laws[f"{tokens}tokens"] = {"name": "budget", "tokens": tokens, "patch": patch}
-    if not laws:
-        raise ConfigError(
-            f"config.evals.{name}.sides: give at least one, as (64, 'native'), or "
-            "budgets, as (49, 196)"
-        )
-    shared = ("rows", "tokens", "slots", "upscale", "square", "num_labels", "codec")
-    shared += ("threads",)
-    base = {key: config["data"][key] for key in shared if key in config["data"]}
+    laws = dict(_laws(section, where, patch))
+    own = {k: v for k, v in section.items() if k not in ("sides", "budgets")}
+    base = {key: config["data"][key] for key in SHARED if key in config["data"]}
+    given = (*TRAINING_ONLY, "seed", "patch", "max_side", "training")
+    config_lib.check({**base, **own}, [data.open_stream], where, given)
     for label, law in laws.items():
         arguments = {**base, **own, "resolution": law}
         largest = law.get("tokens", int((law.get("side", 0) / patch) ** 2))
         while "tokens" not in own and arguments["tokens"] < largest:
             arguments["tokens"] *= 2
-        yield label, _open(config, arguments, f"evals.{name}", training=False)
+        yield label, _open(config, arguments, where, training=False)
+
+
+def _laws(
+    section: Mapping[str, Any], where: str, patch: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(label, section of the law) of each size that an evaluation set asks for."""
+    sizes: dict[str, Sequence[Any]] = {"sides": (), "budgets": ()}
+    for key in sizes:
+        values = sizes[key] = section.get(key, ())
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ConfigError(f"config.{where}.{key}={values!r}: give a list, as (64,)")
+    if not any(sizes.values()):
+        raise ConfigError(
+            f"config.{where}.sides: give at least one, as (64, 'native'), or budgets, "
+            "as (49, 196)"
+        )
+    for side in sizes["sides"]:
+        number = isinstance(side, int | float) and not isinstance(side, bool)
+        if side != "native" and not (number and 0 < side < math.inf):
+            raise ConfigError(
+                f"config.{where}.sides: {side!r}: give pixels or 'native'"
+            )
+        fixed = {"name": "fixed", "side": side}
+        yield str(side), {"name": "native"} if side == "native" else fixed
+    for tokens in sizes["budgets"]:
+        if type(tokens) is not int or tokens < 1:
+            raise ConfigError(f"config.{where}.budgets: {tokens!r}: give whole numbers")
+        yield f"{tokens}tokens", {"name": "budget", "tokens": tokens, "patch": patch}
 
 
 def _open(

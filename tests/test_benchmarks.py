@@ -117,3 +117,63 @@ def test_a_fold_that_is_judged_is_not_trained_again(tmp_path, monkeypatch):
     assert found == {k: v for k, v in judged.items() if k != "step"}
     five_fold.train_fold(config | {"seed": 1}, 2, folder)
     assert len(calls) == 3  # it is another run's folder: training refuses it
+
+
+def test_the_tables_and_the_picture_of_sizes_show_what_the_folds_gave(
+    monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import five_fold
+    import resolutions
+
+    assert five_fold.mean_and_error([0.1, 0.2, 0.4]) == "0.233 +- 0.088"
+    assert five_fold.mean_and_error([0.5]) == "0.500"
+    sides, names = [64, 96], ("mixed", "square", "64", "96")
+
+    def measured(number, fold):
+        values = {"data/images_seen": 1000 * number, "data/tokens_seen": 7}
+        for part, side in [(p, s) for p in ("fold", "padded") for s in sides]:
+            name, padded = f"eval/{part}_{side}", part == "padded"
+            accuracy = 0.1 * number + side / 1000 + fold / 100 + 0.05 * padded
+            values |= {f"{name}/accuracy": accuracy, f"{name}/tokens_per_image": side}
+            values |= {f"{name}/images": 100.0, f"{name}/upscaled": side / 100}
+        return values
+
+    runs = {n: [measured(i, f) for f in (0, 2)] for i, n in enumerate(names)}
+    known = {"majority": 0.2, "aspect_only": 0.3}
+    guesses = [{f"{p}/{n}": v for n, v in known.items() for p in ("fold", "padded")}]
+    guesses *= 2
+    resolutions.print_sizes(runs, guesses, sides)
+    resolutions.print_squares(runs, guesses, sides)
+    out = capsys.readouterr().out
+    said = "commonest class: 0.200 +- 0.000; the aspect alone: 0.300 +- 0.000."
+    assert said in out
+    table = {
+        cells(line)[0]: cells(line) for line in out.splitlines() if line[:1] == "|"
+    }
+    seen = ["2,000", "7"]
+    accuracy = ["0.274 +- 0.010", "0.306 +- 0.010"]
+    assert table["64"] == ["64", *seen, *accuracy, "-0.200 +- 0.000"]
+    assert table["images upscaled"][3:5] == ["64%", "96%"]
+    squares = [cells(line) for line in out.splitlines() if line.startswith("| padded")]
+    assert squares[1][1:] == [
+        "96", "96.0", "96.0", "0.156 +- 0.010", "0.256 +- 0.010", "-0.100 +- 0.000",
+        "0.300 +- 0.000", "0.200 +- 0.000",
+    ]  # fmt: skip
+    (axes,) = resolutions.draw(runs, guesses, sides).axes
+    lines = {
+        tuple(np.round(np.array(line.get_ydata(), float), 3)) for line in axes.lines
+    }
+    for number in (0, 2, 3):
+        mean = [0.1 * number + side / 1000 + 0.01 for side in sides]
+        assert tuple(np.round(mean, 3)) in lines
+
+
+@pytest.mark.parametrize("variant", ["48", "64", "96", "128", "mixed", "square"])
+def test_a_variant_of_sizes_is_trained_at_its_own(variant):
+    found = tiny.load("configs/ablations/resolution.py", variant).data
+    law = {"name": "uniform", "low": 32, "high": 128, "of": "side"}
+    if variant.isdecimal():
+        law = {"name": "fixed", "side": int(variant)}
+    assert found.resolution.to_dict() == law
+    assert found.square == (variant == "square")

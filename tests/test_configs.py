@@ -162,3 +162,35 @@ def test_a_set_to_judge_refuses_what_only_training_follows(change):
     section = {"sources": config["data"]["sources"], "sides": (64,), **change}
     with pytest.raises(ConfigError, match=rf"evals\.mine\.{next(iter(change))} has no"):
         list(experiment.build_eval_streams(config, section, "mine"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resolutoin": 1}, r"evals\.mine\.resolutoin is unknown; (?!.*resolution)"),
+        ({"rows": "8"}, r"evals\.mine\.rows='8'"),
+        ({"sides": ()}, "give at least one"),
+        ({"sides": 64}, "sides=64: give a list"),
+        ({"sides": "64"}, "sides='64': give a list"),
+        ({"budgets": 9}, "budgets=9: give a list"),
+        *(
+            ({"sides": (side,)}, f"sides: {side!r}: give pixels or 'native'")
+            for side in ("Native", "64", None, True, 0, float("inf"), float("nan"))
+        ),
+        *(
+            ({"budgets": (budget,)}, f"budgets: {budget!r}: give whole numbers")
+            for budget in ("16", 2.5, 0, True)
+        ),
+    ],
+    ids=str,
+)
+def test_a_set_to_judge_is_checked_before_it_is_opened(change, message):
+    config = tiny.config()
+    section = {"sources": config["data"]["sources"], "sides": (64,), **change}
+    with pytest.raises(ConfigError, match=message):
+        list(experiment.build_eval_streams(config, section, "mine"))
+
+
+def test_a_set_to_judge_that_is_no_section_is_refused():
+    with pytest.raises(ConfigError, match=r"config\.evals\.v=3: give a section"):
+        experiment.check_sections(tiny.config(evals={"v": 3}))

@@ -1,16 +1,21 @@
+import collections
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.extend.core import jaxprs_in_params
 from packed import L, N, P, image, pack
 
 from navit_jax import config, models
 from navit_jax.errors import ConfigError
 from navit_jax.models import dropout
+from navit_jax.models.attention import IMPLEMENTATIONS, packed_attention
+from navit_jax.models.layers import layer_norm
 from navit_jax.models.navit import REMAT, NaViT
 
 HEADS, DEPTH, WIDTH = 2, 2, 16
@@ -272,6 +277,53 @@ def test_remat_changes_no_gradient(remat):
         gradient(ROWS, navit(remat=remat, scan=remat != "dots")),
         gradient(ROWS),
     )
+
+
+def tally(jaxpr, counts):
+    """How often each primitive stands in a program; kernels are not looked into."""
+    for equation in jaxpr.eqns:
+        counts[equation.primitive.name] += 1
+        if equation.primitive.name != "pallas_call":
+            for sub in jaxprs_in_params(equation.params):
+                tally(sub, counts)
+    return counts
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "mha", "splash"])
+def test_by_default_only_what_is_cheap_is_computed_again(implementation, monkeypatch):
+    attend = functools.partial(
+        packed_attention, implementation=implementation, interpret=True
+    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", attend)
+    batch, ones = pack(ROWS), np.ones((B, N, WIDTH), np.float32)
+    counts = {}
+    for remat in ("none", NaViT.remat, "full"):
+        model = navit(attention="kernel", remat=remat)
+        traced = jax.make_jaxpr(gradients(model))
+        program = traced(random_params(model), batch.patches, batch, ones)
+        counts[remat] = tally(program.jaxpr, collections.Counter())
+    costly = ("dot_general", "while", "pallas_call")
+    everything, light, nothing = (
+        [counts[remat][name] for name in costly]
+        for remat in ("none", NaViT.remat, "full")
+    )
+    assert light == everything != nothing
+    assert counts[NaViT.remat]["tanh"] > counts["none"]["tanh"]
+
+
+class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return layer_norm(x, False, jnp.float32, "norm")
+
+
+def test_a_norm_is_right_far_from_zero():
+    x = np.float32(3000 + np.random.default_rng(0).standard_normal((2, 3, 4, 64)))
+    exact = np.float64(x) - np.float64(x).mean(-1, keepdims=True)
+    exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    normed, _ = Norm().init_with_output(jax.random.key(0), jnp.asarray(x))
+    # A mean of float32 is off by 1e-4; one pass, E x^2 - (E x)^2, would be off by 1.
+    np.testing.assert_allclose(normed, exact, atol=1e-3)
 
 
 def test_unrolled_blocks_have_the_same_parameters_and_values():

@@ -344,6 +344,29 @@ def test_a_culprit_with_the_number_0_is_named_and_empty_slots_are_not():
     assert culprits.find(judge, host, info) == [info.keys[row][slot]]
 
 
+@pytest.mark.parametrize("bad", [[], [(0, 0)], [(0, 0), (5, 1), (5, 2)]])
+def test_of_several_processes_each_judges_as_often_whatever_it_finds(
+    bad, monkeypatch, tmp_path
+):
+    host, info = next(experiment.build_stream(tiny.config()).batches(np.arange(8)))
+    ids, calls = [tuple(host.image_ids[place]) for place in bad], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+    def judge(batch):
+        calls.append(batch)
+        hit = [(batch.image_ids == image).all(-1) for image in ids]
+        found = np.any(hit, 0) if hit else np.zeros(batch.image_mask.shape, bool)
+        return np.where(found & batch.image_mask, np.nan, 0.0)
+
+    named = culprits.find(judge, host, info)
+    assert named == [info.keys[row][slot] for row, slot in bad]
+    assert len(calls) == 1 + host.image_mask.shape[1]
+    metrics = {"loss": np.nan, "gradient_norm": np.nan}
+    path = culprits.report(epath.Path(tmp_path), 3, named, info, metrics)
+    assert path.name == "nonfinite_step_3_1.txt"
+
+
 def command(workdir, *flags):
     return [
         sys.executable, "-m", "navit_jax.train", "--config=configs/smoke.py",

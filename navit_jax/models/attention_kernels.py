@@ -54,7 +54,6 @@ def splash(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attended",
         interpret=interpret,
     )
     # The kernel does not scale. In float32, so that bfloat16 is rounded once.

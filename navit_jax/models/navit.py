@@ -42,15 +42,18 @@ from navit_jax.models.layers import Block, layer_norm
 from navit_jax.models.positions import POSITIONS
 from navit_jax.models.rope import Rope
 
+POLICIES = jax.checkpoint_policies
 # What the backward pass of a block keeps from the forward pass.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "light": jax.checkpoint_policies.save_only_these_names(
-        "projected", "attended", "between", "hidden"
+    "light": POLICIES.save_from_both_policies(
+        POLICIES.save_only_these_names("projected", "attended", "between", "hidden"),
+        # A kernel's results have no names.
+        lambda primitive, *_, **__: primitive.name == "pallas_call",
     ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": POLICIES.nothing_saveable,
+    "dots": POLICIES.dots_saveable,
+    "dots_no_batch": POLICIES.dots_with_no_batch_dims_saveable,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -82,8 +85,8 @@ class NaViT(nn.Module):
         are the same.
       remat: What the backward pass keeps of a block, one of `REMAT`: "light" keeps
         the results of matrix products and of attention, and computes norms and
-        activations again, which is faster where memory is slow; "none" keeps
-        everything, "full" nothing.
+        activations again (and the L x L weights of `dense`), which is faster where
+        memory is slow; "none" keeps everything, "full" nothing.
       drop_path: Rate at which the last block drops a branch of an image.
       dropout: Rate at which entries of a residual branch are dropped.
     """
