@@ -66,7 +66,7 @@ def draw_resolutions(judged: Judged) -> str:
             _line(left, label, [p for p in points if p["side"]], "side")
             _line(right, label, [p for p in points if p["tokens"]], "tokens")
         baselines = {
-            name.split("/")[1]: value
+            name.removeprefix("baseline/").removesuffix("/accuracy"): value
             for name, value in values.items()
             if name.startswith("baseline/") and value is not None
         }

@@ -5,6 +5,7 @@ linear probes, --baselines what classifiers get that see no pixel.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -54,12 +55,24 @@ def evaluate(
       shots: Images a class of linear probes on the pooled vectors, see `few_shot`.
 
     Returns:
-      `eval/<set>_<resolution>/<metric>` by name, and `baseline/<name>/accuracy`.
+      `eval/<set>_<resolution>/<metric>` and `baseline/<set>/<classifier>/accuracy`.
+
+    Raises:
+      ConfigError: there is no set, or two get the same name, or what is asked does
+        not fit the run.
+      DataError: a set has no picture that can be used.
     """
     workdir = epath.Path(workdir).absolute()
     config = run_folder.read_config(workdir)
     dial = {"sides": list(sides), "budgets": list(budgets)} if sides or budgets else {}
-    sections = dict(_sections(config, dial, upscale, split))
+    sections: dict[str, Any] = {}
+    for name, section in _sections(config, dial, upscale, split):
+        if name in sections:
+            raise ConfigError(
+                f"two sets of config.evals would be judged as {name!r}: rename one, or "
+                "name each answer of --upscale once"
+            )
+        sections[name] = section
     if not sections:
         raise ConfigError("config.evals is empty: there is no set to judge on")
     config = {**config, "evals": sections}
@@ -81,12 +94,16 @@ def evaluate(
     if baselines:
         if not class_names:
             raise ConfigError("--baselines: the run has no classes to guess")
-        judged = next(iter(evaluator.streams.values()))
         training = experiment.build_stream(config)
-        for name, value in pixel_free(training, judged).items():
-            values[f"baseline/{name}/accuracy"] = value
-    record = {"step": restored.step, "values": values, "command": sys.argv}
-    (workdir / "evaluation.json").write_text(json.dumps(record, indent=2))
+        # No resolution has a _ in its label; any of them has the labels of the set.
+        sets = {key.rsplit("_", 1)[0]: s for key, s in evaluator.streams.items()}
+        for name, judged in sets.items():
+            for classifier, value in pixel_free(training, judged).items():
+                values[f"baseline/{name}/{classifier}/accuracy"] = value
+    # JSON has no NaN.
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    record = {"step": restored.step, "values": finite, "command": sys.argv}
+    run_folder.store(workdir / "evaluation.json", json.dumps(record, indent=2))
     return values
 
 
@@ -162,6 +179,7 @@ COLUMNS = {
     "seconds_per_image": "s an image",
     "accuracy": "accuracy",
     "loss": "loss",
+    "nll": "NLL",
     "brier": "Brier",
     "calibration_error": "ECE",
     "calibrated_error": "ECE if calibrated",

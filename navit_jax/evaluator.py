@@ -18,7 +18,7 @@ from navit_jax import calibration, data, experiment, sharding
 from navit_jax.batch import PackedBatch
 from navit_jax.data.plan import Plan
 from navit_jax.data.quality import SHRUNK, Named
-from navit_jax.errors import ConfigError
+from navit_jax.errors import ConfigError, DataError
 from navit_jax.metrics import Mean, interval_by_group
 from navit_jax.tasks import Task
 
@@ -83,12 +83,20 @@ class Evaluator:
         Args:
           stop: Whether to leave, asked before each batch. All processes judge the same
             number of batches, so they may agree on the answer.
+
+        Raises:
+          DataError: a set has no picture that can be used.
         """
         values = {}
         for name, stream in self.streams.items():
             judged = self._run_one(params, stream, stop)
             if not judged:
                 return {}
+            if not judged["images"]:
+                raise DataError(
+                    f"no picture of the eval set {name} can be used: check the sources "
+                    "of its section in config.evals"
+                )
             for metric, value in judged.items():
                 values[f"eval/{name}/{metric}"] = value
         return values

@@ -12,6 +12,7 @@ from navit_jax import linear_probe
 from navit_jax.data.bad_image import BadImage
 from navit_jax.data.records import Selection, Source, StoredSource
 from navit_jax.data.resolution import Law
+from navit_jax.errors import DataError
 from navit_jax.predictor import Predictor
 
 
@@ -38,6 +39,7 @@ def few_shot(
 
     Raises:
       ConfigError: a class has fewer images.
+      DataError: no image that is judged, or none that was drawn, can be used.
     """
     num_classes = len(model.class_names)
 
@@ -75,5 +77,9 @@ def _features(
         for result in model.results("pooled", source, law, upscale)
         if not isinstance(result.value, BadImage)
     }
+    if not found:
+        raise DataError(
+            f"--shots: none of the images asked of {source.name} can be used"
+        )
     places = np.array(sorted(found))
     return np.stack([found[place] for place in places]), places

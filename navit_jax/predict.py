@@ -56,6 +56,12 @@ def define_main() -> Callable[[], int]:
     top = flags.DEFINE_integer("top", 3, "Classes a picture", lower_bound=1)
 
     def main() -> int:
+        path = epath.Path(output.value)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(
+                f"--output={output.value}: give the name of a file in a folder that "
+                "exists"
+            )
         source = folder(images.value, labels=False)
         predictor = load(workdir.value, step())
         if not predictor.class_names:
@@ -64,10 +70,8 @@ def define_main() -> Callable[[], int]:
         asked = command_line.parse_side(side.value) if side.value else None
         law = predictor.law(asked, tokens.value)
         bad = 0
-        if not epath.Path(output.value).parent.is_dir():
-            raise ConfigError(f"--output={output.value}: its folder does not exist")
         with (
-            epath.Path(output.value).open("w") as file,
+            path.open("w") as file,
             tqdm.tqdm(total=len(source), unit="img", desc="predict") as bar,
         ):
             writer = csv.writer(file)

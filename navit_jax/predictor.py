@@ -5,6 +5,7 @@ M pictures, C classes, D width.
 
 import dataclasses
 import functools
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +15,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
-from PIL import Image
 
 from navit_jax import checkpoint, data, experiment, models, run_folder, sharding
 from navit_jax import config as config_lib
 from navit_jax.batch import BatchInfo, PackedBatch
 from navit_jax.data import resolution
 from navit_jax.data.bad_image import BadImage
-from navit_jax.data.given import Given, plan_pictures
+from navit_jax.data.given import Given, check_pictures, plan_pictures
 from navit_jax.data.records import Source
 from navit_jax.errors import ConfigError
 from navit_jax.tasks import Task
@@ -132,7 +132,11 @@ class Predictor:
 
         Raises:
           ConfigError: the task has no such output.
+          ValueError: `images` is no list of pictures.
         """
+        check_pictures(images)
+        if upscale is not None and not isinstance(upscale, bool):
+            raise ConfigError(f"upscale={upscale!r}: give True, False or None")
         if not len(images):
             return
         stream = self._stream(images, law, upscale)
@@ -145,11 +149,7 @@ class Predictor:
 
     def _all(self, name: str, images: Pictures, *dial: Any) -> list[Any]:
         side, tokens, upscale = dial
-        one = isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray)
-        if one and not (isinstance(images, np.ndarray) and images.ndim == 4):
-            kind = type(images).__name__
-            raise ValueError(f"images is one {kind}: give a list of pictures")
-        found: list[Any] = [None] * len(images)
+        found: dict[int, Any] = {}
         for result in self.results(name, images, self.law(side, tokens), upscale):
             if isinstance(result.value, BadImage):
                 raise ValueError(
@@ -157,7 +157,7 @@ class Predictor:
                     f"not be used: {result.value}"
                 )
             found[result.place] = result.value
-        return found
+        return [found[place] for place in range(len(found))]
 
     @functools.cached_property
     def _output(self) -> Any:
@@ -192,14 +192,15 @@ class Predictor:
         asked: resolution.Law
         if side == "native":
             return resolution.Native()
-        if isinstance(side, str):
-            raise ConfigError(f"side={side!r}: give pixels, or 'native'")
+        # True is a number to Python, of 1 pixel or token.
         if side is not None:
+            if isinstance(side, str | bool) or not isinstance(side, numbers.Real):
+                raise ConfigError(f"side={side!r}: give pixels, or 'native'")
             asked, given = resolution.Fixed(side), f"side={side}"
         else:
-            if not isinstance(tokens, int):
+            if isinstance(tokens, bool) or not isinstance(tokens, numbers.Integral):
                 raise ConfigError(f"tokens={tokens!r}: give a whole number")
-            asked, given = resolution.Budget(tokens, patch), f"tokens={tokens}"
+            asked, given = resolution.Budget(int(tokens), patch), f"tokens={tokens}"
         longest = self._encoder.max_side
         if (asked.largest or 0) >= (longest + 1) * patch:
             raise ConfigError(

@@ -7,7 +7,6 @@ comes from data or configs is escaped.
 
 import base64
 import html
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from navit_jax import (
     samples,
 )
 from navit_jax import config as config_lib
+from navit_jax.errors import ConfigError
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
@@ -59,7 +59,7 @@ class RunOnDisk:
         """Reads the folder.
 
         Raises:
-          ConfigError: it holds no run.
+          ConfigError: it holds no run, or a file of it is damaged.
         """
         self.workdir, self.name = workdir, workdir.name
         self.config = run_folder.read_config(workdir)
@@ -78,7 +78,8 @@ class RunOnDisk:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.workdir / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        remedy = "delete it; evaluating, or training on, writes it again"
+        return run_folder.read_json(path, remedy) if path.exists() else {}
 
 
 def write_report(
@@ -90,11 +91,24 @@ def write_report(
       num_samples: Pictures that each run's model is asked about; 0 loads no model.
 
     Raises:
-      ConfigError: a folder holds no run.
+      ConfigError: a folder holds no run or is named twice, the page can not be
+        written, or the number of pictures is negative.
     """
+    if num_samples < 0:
+        raise ConfigError(f"--samples={num_samples}: give 0 or more")
+    if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
+        named = " ".join(map(str, workdirs))
+        raise ConfigError(f"{named}: a run is named twice; name each once")
     runs = [RunOnDisk(workdir) for workdir in workdirs]
-    title = ", ".join(run.name for run in runs)
+    try:
+        output.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"--output={output} can not be written: {error}; name a file in a folder "
+            "that exists"
+        ) from error
     records = _named(runs, [run.records for run in runs])
+    title = ", ".join(records)
     body = [
         f"<h1>{_text(title)}</h1>",
         _summary(runs),
@@ -102,8 +116,8 @@ def write_report(
         _section("Learning", charts.draw_curves(records)),
         _section("Accuracy over resolution", _resolutions(runs)),
     ]
-    for run in runs:
-        of = f" of {run.name}" if len(runs) > 1 else ""
+    for name, run in _named(runs, runs).items():
+        of = f" of {name}" if len(runs) > 1 else ""
         body += [
             _section(f"Packed rows{of}", _rows(run)),
             _section(f"Predictions{of}", _samples(run, num_samples)),
@@ -158,7 +172,7 @@ def _summary(runs: Sequence[RunOnDisk]) -> str:
     })  # fmt: skip
     lines = [
         ("step", [f"{r.last.get('step', 0)} of {r.config['steps']}" for r in runs]),
-        ("step that was judged", [r.judged_step or "?" for r in runs]),
+        ("step that was judged", [r.judged_step or "-" for r in runs]),
         *(
             (label, [shape(run.last.get(name)) for run in runs])
             for label, name, shape in (
@@ -181,15 +195,15 @@ def _summary(runs: Sequence[RunOnDisk]) -> str:
 
 
 def _count(value: Any) -> str:
-    return "?" if value is None else f"{value:,}"
+    return "-" if value is None else f"{value:,}"
 
 
 def _number(value: Any) -> str:
-    return "?" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _share(value: Any) -> str:
-    return "?" if value is None else f"{value:.2%}"
+    return "-" if value is None else f"{value:.2%}"
 
 
 def _differences(runs: Sequence[RunOnDisk]) -> str:

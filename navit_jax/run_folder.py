@@ -25,6 +25,8 @@ HARMLESS = re.compile(
     r"model\.(attention|remat|scan)$"
 )
 
+CONFIG_REMEDY = "delete it and train on with the run's --config, which writes it again"
+
 
 @contextlib.contextmanager
 def hold(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], None]]:
@@ -65,16 +67,21 @@ def store_config(
     if path.exists() and begun:
         _check_same(path, config, allow_config_change)
     if jax.process_index() == 0:
-        _store(path, json.dumps(config, indent=2, sort_keys=True))
-        (workdir / "environment.json").write_text(json.dumps(environment(), indent=2))
+        # In the config's own order: the first source is the first for whoever reads it.
+        store(path, json.dumps(config, indent=2))
+        store(workdir / "environment.json", json.dumps(environment(), indent=2))
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-    """The resolved config a run stored; data, never code."""
+    """The resolved config a run stored; data, never code.
+
+    Raises:
+      ConfigError: the folder holds no run, or its config is damaged.
+    """
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"--workdir={workdir} holds no run: {path} is missing")
-    return json.loads(path.read_text())
+    return read_json(path, CONFIG_REMEDY)
 
 
 def store_class_names(workdir: epath.Path, class_names: Sequence[str]) -> None:
@@ -94,14 +101,14 @@ def store_class_names(workdir: epath.Path, class_names: Sequence[str]) -> None:
             "--workdir"
         )
     if jax.process_index() == 0:
-        _store(path, json.dumps(names))
+        store(path, json.dumps(names))
 
 
 def read_class_names(workdir: epath.Path) -> list[str]:
     """The classes a run was trained on, by number; none if it had no labels.
 
     Raises:
-      ConfigError: the folder has no such list.
+      ConfigError: the folder has no such list, or it is damaged.
     """
     path = workdir / "classes.json"
     if not path.exists():
@@ -109,7 +116,9 @@ def read_class_names(workdir: epath.Path) -> list[str]:
             f"{path} is missing, the list of the run's classes; train on in {workdir}, "
             "which writes it again"
         )
-    return json.loads(path.read_text())
+    return read_json(
+        path, f"delete it and train on in {workdir}, which writes it again"
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -128,7 +137,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _store(path: epath.Path, text: str) -> None:
+def read_json(path: epath.Path, remedy: str) -> Any:
+    """What a JSON file of the folder says.
+
+    Raises:
+      ConfigError: it was cut or damaged; the message ends with the remedy.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ConfigError(f"{path} is damaged: {error}; {remedy}") from error
+
+
+def store(path: epath.Path, text: str) -> None:
     """Writes in one move: others may be reading, and a kill must not cut it."""
     new = path.with_name(f"{path.name}.tmp")
     new.write_text(text)
@@ -136,7 +157,7 @@ def _store(path: epath.Path, text: str) -> None:
 
 
 def _check_same(path: epath.Path, config: Mapping[str, Any], allow: bool) -> None:
-    changes = config_lib.differences(json.loads(path.read_text()), config)
+    changes = config_lib.differences(read_json(path, CONFIG_REMEDY), config)
     lines = [f"  {key}: {old!r} -> {new!r}" for key, old, new in changes]
     if not changes:
         return

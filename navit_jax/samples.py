@@ -1,4 +1,4 @@
-"""Pictures of an eval set with what a run's model says of them, for the report."""
+"""Pictures of the eval sets with what a run's model says of them, for the report."""
 
 import base64
 import html
@@ -19,20 +19,30 @@ HEIGHT = 88  # pixels, as shown
 
 
 def show_samples(workdir: epath.Path, config: Mapping[str, Any], num: int) -> str:
-    """HTML of pictures spread evenly over the first eval set, and their predictions.
+    """HTML of pictures spread evenly over each eval set, and their predictions.
+
+    Args:
+      num: Pictures of all sets together, but at least one a set.
 
     Raises:
       ConfigError: the config has no eval set, or the task predicts no classes.
       CheckpointError: there is no checkpoint.
       OSError: the pictures are not here.
     """
-    sections = list(config.get("evals", {}).values())
-    if not sections:
+    evals = config.get("evals", {})
+    if not evals:
         raise ConfigError("config.evals is empty")
-    (source, *_), _ = data.open_sources(sections[0]["sources"])
+    model, share = predictor.load(workdir), max(1, num // len(evals))
+    return "".join(
+        f"<p class='note'>{html.escape(name)}</p>{_show(model, section, share)}"
+        for name, section in evals.items()
+    )
+
+
+def _show(model: predictor.Predictor, section: Mapping[str, Any], num: int) -> str:
+    (source, *_), _ = data.open_sources(section["sources"])
     places = np.unique(np.linspace(0, len(source) - 1, num).round().astype(int))
     records = [source[int(place)] for place in places]
-    model = predictor.load(workdir)
     names = model.class_names
     shown = [""] * len(records)
     files = [record.image for record in records]

@@ -33,6 +33,19 @@ def test_a_bin_without_a_gap_and_one_that_is_always_wrong():
     assert calibration_error(np.full(4, 1.0), np.zeros(4)) == 1
 
 
+@pytest.mark.parametrize(
+    "confidence, expected",
+    [
+        ((0.502, 0.532), 0.017),  # in the bin from 15/30 to 16/30: |0.517 - 0.5|
+        ((0.532, 0.535), (0.468 + 0.535) / 2),  # on both sides of 16/30
+        ((0.498, 0.502), (0.502 + 0.502) / 2),  # on both sides of 15/30
+    ],
+)
+def test_bins_are_those_of_the_paper_thirtieths(confidence, expected):
+    found = calibration_error(np.array(confidence), np.array([1, 0]))
+    assert found == pytest.approx(expected)
+
+
 def test_a_calibrated_model_of_few_images_shows_an_error_and_of_many_next_to_none():
     # One bin of n images at p: E|Binomial(n, p) / n - p|, by its own distribution.
     n, p = 20, 0.7

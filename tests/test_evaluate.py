@@ -1,127 +1,286 @@
-import jax
+import json
+import shutil
+
 import numpy as np
-import oracle
 import pytest
 import tiny
 from etils import epath
-from PIL import Image
 
-from navit_jax import checkpoint, data, evaluate, experiment, reporting, sharding, train
-from navit_jax.data import images
+import navit_jax
+from navit_jax import (
+    baselines,
+    calibration,
+    evaluate,
+    few_shot,
+    linear_probe,
+    reporting,
+    train,
+)
+from navit_jax.data.records import Selection
+from navit_jax.data.resolution import Fixed
+from navit_jax.data.sizes import size_table
 from navit_jax.data.sources import clipart
-from navit_jax.evaluator import Evaluator
-from navit_jax.metrics import interval_by_group
+from navit_jax.errors import ConfigError, DataError
 
-SIDES = (32, 48)
-CLIPART = {"clipart": {"name": "clipart", "split": "validation"}}
+SET = {"sources": {"clipart": {"name": "clipart", "split": "validation"}}}
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """Sources: a folder with a picture of each class, and two that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    names = experiment.build_stream(tiny.config()).class_names
-    for i, name in enumerate(names):
-        (folder / name).mkdir()
-        pixels = rng.integers(0, 256, (30 + 9 * i, 60, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name / "one.png")
-    (folder / names[0] / "empty.png").write_bytes(b"")
-    whole = (folder / names[1] / "one.png").read_bytes()
-    (folder / names[1] / "cut.png").write_bytes(whole[: len(whole) // 2])
-    return {"own": {"name": "folder", "path": str(folder)}}
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny.config(steps=2, evals={"validation": {**SET, "sides": (32,)}})
+    config["train"] |= {"report_every": 1, "evaluate_every": 1}
+    config["optim"] |= {"lr": 0.01, "schedule": {"name": "constant"}}
+    assert train.train(config, folder) == 0
+    return folder
 
 
-def judge(params, source, side):
-    """Indices, losses and hits of the usable pictures, each alone in numpy."""
-    used, losses, right = [], [], []
-    params = jax.tree.map(np.float64, params)
-    for index in range(len(source)):
-        record = source[index]
-        try:
-            size = images.read_size(record.image)
-            scale = side / np.sqrt(size[0] * size[1]) / 16
-            rows, columns = (max(1, int(x * scale + 1e-9)) for x in size)
-            pixels, _ = images.read(record.image, size, (16 * rows, 16 * columns))
-        except images.BadImage:
-            continue
-        coords = np.array([(r, c) for r in range(rows) for c in range(columns)])
-        blocks = [pixels[16 * r : 16 * r + 16, 16 * c : 16 * c + 16] for r, c in coords]
-        _, pooled = oracle.forward(
-            params["encoder"],
-            np.stack(blocks).reshape(len(coords), -1) / 127.5 - 1.0,
-            coords,
-            (rows, columns),
-            num_heads=2,
-            positions={"name": "factorized", "length": 32},
+@pytest.fixture(scope="module")
+def values(workdir):
+    return evaluate.evaluate(
+        workdir, ["native", 32, 96], [9], upscale=[True, False], shots=[1]
+    )
+
+
+@pytest.fixture
+def judge_others(workdir, tmp_path):
+    """Evaluates a copy of the run whose config has other eval sets."""
+    folder = epath.Path(tmp_path) / "run"
+    shutil.copytree(workdir, folder)
+
+    def judge(evals, **changes):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "evals": evals}))
+        values = evaluate.evaluate(folder, **changes)
+        written = (folder / "evaluation.json").read_text()
+        return values, json.loads(written, parse_constant=lambda name: 1 / 0)
+
+    return judge
+
+
+def plain_grid(size, scale):
+    return [max(1, int(pixels * scale / 16 + 1e-9)) for pixels in size]
+
+
+@pytest.mark.parametrize("upscale", [True, False])
+@pytest.mark.parametrize("side", [32, 96, "native"])
+def test_tokens_and_the_share_of_enlarged_images_are_those_of_a_loop(
+    values, side, upscale
+):
+    tokens, enlarged = [], []
+    for height, width in size_table(clipart("validation")).astype(int).tolist():
+        scale = 1.0 if side == "native" else side / np.sqrt(height * width)
+        enlarged.append(upscale and scale > 1 + 1e-9)
+        tokens.append(
+            np.prod(plain_grid((height, width), min(scale, 1e9 if upscale else 1)))
         )
-        logits = oracle.dense(params["head"]["dense"], pooled)
-        signs = np.where(np.isin(np.arange(len(logits)), record.labels), 1, -1)
-        used.append(index)
-        losses.append(np.log1p(np.exp(-signs * logits)).sum())
-        right.append(float(logits.argmax() in record.labels))
-    return used, np.array(losses), np.array(right)
+    stem = f"eval/validation{'' if upscale else '_no_upscale'}_{side}"
+    assert values[f"{stem}/images"] == len(tokens)
+    if side != "native":  # there, rows of 32 tokens shrink the larger ones
+        assert values[f"{stem}/tokens_per_image"] == pytest.approx(np.mean(tokens))
+        assert values[f"{stem}/shrunk"] == 0
+    else:
+        assert values[f"{stem}/shrunk"] == sum(n > 32 for n in tokens)
+    assert values[f"{stem}/upscaled"] == pytest.approx(np.mean(enlarged))
+    assert values[f"{stem}/seconds_per_image"] > 0
 
 
-def test_every_set_and_side_is_judged_as_by_a_loop_that_packs_nothing(own):
-    config = tiny.config(
-        evals={
-            "validation": {"sources": CLIPART, "sides": SIDES},
-            "own": {"sources": own, "sides": SIDES},
-        }
+def test_no_image_takes_more_than_its_budget(values):
+    assert 4 < values["eval/validation_9tokens/tokens_per_image"] <= 9
+
+
+def test_probabilities_are_judged_as_the_predictor_gives_them(values, workdir):
+    source = clipart("validation")
+    probabilities = navit_jax.load(workdir).predict(source, side=96)
+    labels = [source[i].labels for i in range(len(source))]
+    targets = np.zeros(probabilities.shape)
+    for row, own in zip(targets, labels, strict=True):
+        row[list(own)] = 1
+    confidence = probabilities.max(1)
+    right = targets[np.arange(len(targets)), probabilities.argmax(1)]
+    nll = -np.log(np.where(targets, probabilities, 1 - probabilities)).sum(1)
+    expected = {
+        "accuracy": right.mean(),
+        "confidence": confidence.mean(),
+        "brier": ((probabilities - targets) ** 2).sum(1).mean(),
+        "nll": nll.mean(),
+        "loss": nll.mean(),
+        "calibration_error": calibration.calibration_error(confidence, right),
+        "calibrated_error": calibration.calibrated_error(confidence),
+    }
+    for name, value in expected.items():
+        assert values[f"eval/validation_96/{name}"] == pytest.approx(value, abs=1e-5), (
+            name
+        )
+
+
+@pytest.mark.parametrize("side, upscale", [(32, True), (96, True), (96, False)])
+def test_few_shot_is_least_squares_on_the_embeddings_of_a_few_images(
+    values, workdir, side, upscale
+):
+    model, train_, judged = (
+        navit_jax.load(workdir),
+        clipart("train"),
+        clipart("validation"),
     )
-    mesh, stream = sharding.make_mesh(), experiment.build_stream(config)
-    task = experiment.build_task(config, stream.num_classes)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: np.float32(0.3 * rng.standard_normal(x.shape)),
-        jax.eval_shape(task.init, jax.random.key(0), stream.example()),
-    )
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        evaluator = Evaluator(config, task, mesh, stream.class_names)
-        values = evaluator.run(params)
-    groups = clipart("validation").groups
-    assert groups is not None
+    dial = {"side": side, "upscale": upscale}
+    features = model.embed(judged, **dial)
+    own, _ = few_shot._features(model, judged, Fixed(side), upscale)
+    np.testing.assert_allclose(own, features, atol=1e-4)  # packed otherwise: rounding
+    accuracies = []
+    for seed in range(5):
+
+        def label_of(index):
+            own = train_[index].labels
+            return own[0] if len(own) == 1 else -1
+
+        shots = linear_probe.choose_shots(label_of, len(train_), 1, 8, seed)
+        few = model.embed([train_[int(i)].image for i in shots], **dial)
+        targets = np.full((8, 8), -1.0)
+        for row, i in zip(targets, shots, strict=True):
+            row[train_[int(i)].labels[0]] = 1
+        guesses = linear_probe.predict(features, *linear_probe.fit(few, targets))
+        right = [g in judged[i].labels for i, g in enumerate(guesses)]
+        accuracies.append(np.mean(right))
+    stem = f"eval/validation{'' if upscale else '_no_upscale'}_{side}/1_shot"
+    assert values[f"{stem}_accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-2)
+    assert values[f"{stem}_std"] == pytest.approx(np.std(accuracies), abs=1e-2)
+
+
+def test_few_shot_enlarges_images_where_its_set_does(judge_others, monkeypatch):
+    asked = []
+
+    def note(model, train_, judged, shots, law, upscale=True):
+        asked.append(upscale)
+        return {}
+
+    monkeypatch.setattr(evaluate, "few_shot", note)
+    judge_others({"v": {**SET, "sides": (32,)}}, upscale=[False, True], shots=[1])
+    assert asked == [False, True]
+
+
+def test_few_shot_leaves_out_pictures_that_can_not_be_used(workdir):
+    model, judged = navit_jax.load(workdir), clipart("validation")
+
+    class Broken(Selection):
+        def __getitem__(self, index):
+            if index == 3:
+                raise OSError
+            return super().__getitem__(index)
+
+    broken = Broken(judged, np.arange(8))
+    used = few_shot._features(model, broken, Fixed(32), True)[1]
+    assert used.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    with pytest.raises(DataError, match=f"asked of {judged.name} can be used"):
+        few_shot._features(model, Broken(judged, np.arange(0)), Fixed(32), True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sides": [513.0 + 16]}, "patches a side, but positions.length=32"),
+        ({"shots": [10_000]}, "--shots=10000: class . has"),
+        ({"upscale": [False, False]}, "two sets .* as 'validation_no_upscale': rename"),
+    ],
+)
+def test_what_can_not_be_judged_is_named(workdir, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.evaluate(workdir, **{"sides": [32], **changes})
+
+
+def read_set(split):
+    source = clipart(split)
+    hot = np.zeros((len(source), len(source.class_names)), bool)
+    for i in range(len(source)):
+        hot[i, list(source[i].labels)] = True
+    height, width = size_table(source).astype(float).T
+    return hot, np.log(height / width)
+
+
+def test_each_set_has_its_own_baselines_from_the_training_set(judge_others):
+    sources = {"clipart": {"name": "clipart", "split": "test"}}
+    evals = {
+        "validation": {**SET, "sides": (32, 48)},
+        "also": {"sources": sources, "sides": (32,)},
+    }
+    values, _ = judge_others(evals, baselines=True)
     expected = {}
-    for name, side in [(name, side) for name in config["evals"] for side in SIDES]:
-        source = evaluator.streams[f"{name}_{side}"].loader.sources[0]
-        used, losses, right = judge(params, source, side)
-        expected[f"{name}_{side}/images"] = len(used)
-        for metric, terms in (("loss", losses), ("accuracy", right)):
-            key = f"{name}_{side}/{metric}"
-            expected[key] = terms.mean()
-            if name == "validation":
-                interval = interval_by_group(terms, np.ones(len(used)), groups[used])
-                expected[f"{key}_low"], expected[f"{key}_high"] = interval
-    assert expected["own_48/images"] == stream.num_classes
-    assert 0 < expected["validation_48/accuracy"] < 1
-    names = {f"{name}_{side}" for name in config["evals"] for side in SIDES}
-    assert {key.split("/")[1] for key in values} == names
-    for key, value in expected.items():
-        assert values[f"eval/{key}"] == pytest.approx(value, 1e-5), key
-    # Who knows of no near-duplicates gives no interval.
-    assert "eval/own_32/accuracy_low" not in values
+    for name, split in (("validation", "validation"), ("also", "test")):
+        train_, judged = read_set("train"), read_set(split)
+        guess = baselines.aspect_only(*train_, *judged)
+        expected[f"baseline/{name}/aspect_only/accuracy"] = guess
+        guess = baselines.majority(train_[0], judged[0])
+        expected[f"baseline/{name}/majority/accuracy"] = guess
+    found = {name: v for name, v in values.items() if name.startswith("baseline/")}
+    assert found == pytest.approx(expected)
+    lines = [line.split()[0] for line in evaluate.format_table(values).splitlines()]
+    assert lines[4:] == [f"baseline/{set_}/{guess}" for set_ in ("validation", "also")
+                         for guess in ("majority", "aspect_only")]  # fmt: skip
 
 
-def test_a_run_with_a_running_mean_is_judged_by_it(own, tmp_path):
-    config = tiny.config(
-        steps=2,
-        model__depth=1,
-        optim__lr=0.1,
-        optim__schedule={"name": "constant"},
-        train__ema=0.5,
-        evals={"own": {"sources": own, "sides": SIDES[:1]}},
-    )
-    assert train.train(config, tmp_path) == 0
-    found = [reporting.read_metrics(epath.Path(tmp_path))[-1]]
-    found.append(evaluate.evaluate(tmp_path))
-    losses = {}
-    for part in ("ema", "params"):
-        path = epath.Path(tmp_path) / "checkpoints"
-        restored = checkpoint.restore_params(path, subtree=part)
-        params = jax.device_get(restored.state)
-        losses[part] = judge(params, data.open_sources(own)[0][0], SIDES[0])[1].mean()
-    assert losses["params"] != pytest.approx(losses["ema"], 0.01)
-    # A run computes at the precision of its devices.
-    for values in found:
-        assert values["eval/own_32/loss"] == pytest.approx(losses["ema"], 1e-4)
+def test_a_number_that_is_none_is_written_as_json_has_it(judge_others):
+    values, written = judge_others({"v": {**SET, "sides": (32,), "square": True}})
+    assert np.isnan(values["eval/v_32/upscaled"])
+    assert written["values"]["eval/v_32/upscaled"] is None
+    assert written["values"]["eval/v_32/loss"] == values["eval/v_32/loss"]
+
+
+def test_sets_that_would_have_one_name_are_refused(judge_others):
+    one = {**SET, "sides": (32,)}
+    with pytest.raises(ConfigError, match="judged as 'a_no_upscale': rename one"):
+        judge_others({"a": one, "a_no_upscale": one}, upscale=[True, False])
+
+
+def test_a_checkpoint_is_judged_by_its_step(workdir):
+    told = {r["step"]: r for r in reporting.read_metrics(epath.Path(workdir))}
+    losses = [told[step]["eval/validation_32/loss"] for step in (1, 2)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    for step in (1, 2, None):
+        values = evaluate.evaluate(workdir, step=step)
+        expected = losses[(step or 2) - 1]
+        assert values["eval/validation_32/loss"] == pytest.approx(expected, rel=1e-5)
+        written = json.loads((epath.Path(workdir) / "evaluation.json").read_text())
+        assert written["step"] == (step or 2)
+
+
+def test_a_full_disk_leaves_the_evaluation_that_was_there(workdir, full_at):
+    evaluate.evaluate(workdir)
+    path = epath.Path(workdir) / "evaluation.json"
+    before = path.read_text()
+    full_at(5)
+    with pytest.raises(OSError, match="File too large"):
+        evaluate.evaluate(workdir)
+    full_at(-1)
+    assert path.read_text() == before
+
+
+def test_the_table_shows_the_usual_numbers_with_the_interval():
+    values = {
+        "eval/v_32/images": 200.0,
+        "eval/v_32/accuracy": 0.4812,
+        "eval/v_32/accuracy_low": 0.391,
+        "eval/v_32/accuracy_high": 0.571,
+        "eval/v_32/loss": 2.48149,
+        "eval/v_32/loss_low": 2.0,
+        "eval/v_32/nll": 2.25,
+        "eval/v_32/brier": 0.625,
+        "eval/v_32/calibration_error": 0.0721,
+        "eval/v_32/calibrated_error": 0.0312,
+        "eval/v_32/10_shot_accuracy": 0.5,
+        "eval/v_32/2_shot_accuracy": 0.25,
+        "eval/v_32/2_shot_std": 0.125,
+        "baseline/v/majority/accuracy": 0.26,
+    }
+    names = ["images", "accuracy", "loss", "NLL", "Brier", "ECE", "ECE if calibrated"]
+    expected = [
+        ["", *names, "2_shot_accuracy", "10_shot_accuracy"],
+        ["v_32", "200", "0.4812 (0.391 .. 0.571)", "2.481", "2.25", "0.625", "0.0721",
+         "0.0312", "0.25", "0.5"],
+        ["baseline/v/majority", "", "0.26"],
+    ]  # fmt: skip
+    lines = evaluate.format_table(values).splitlines()
+    starts = [0] + [lines[0].index(f"  {name}") + 2 for name in expected[0][1:]]
+    for line, cells in zip(lines, expected, strict=True):
+        ends = [*starts[1:], None]
+        found = [line[a:b].strip() for a, b in zip(starts, ends, strict=True)]
+        assert found == cells + [""] * (len(starts) - len(cells))

@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from navit_jax import baselines, experiment
-from navit_jax.data import images, open_sources, padded, sizes, sources
+from navit_jax.data import codec, images, open_sources, padded, sizes, sources
 from navit_jax.data.containers import MAX_PIXELS, MAX_SIDE
 from navit_jax.data.records import Selection
 from navit_jax.errors import ConfigError
@@ -115,6 +115,34 @@ def test_the_aspect_of_padded_pictures_tells_nothing_of_their_labels():
     own, *drawn = np.reshape(found, (5, 10)).mean(0)
     assert own > 0.02
     assert np.max(drawn) < 0.0
+
+
+def test_canvases_tell_nothing_of_classes_that_stand_in_order():
+    # As `folder` gives them: neighbours are of one class, so of like aspects.
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(4), 300)
+    aspects = np.exp(rng.normal(classes - 1.5, 0.3))
+    own = np.rint(64 * np.stack([aspects**0.5, aspects**-0.5], 1)).astype(np.uint16)
+    labels = np.eye(4, dtype=bool)[classes]
+    half = rng.random(len(own)) < 0.5
+
+    def judge(table):
+        ratio = np.log(table[:, 0] / table[:, 1])
+        return baselines.aspect_only(
+            labels[half], ratio[half], labels[~half], ratio[~half]
+        )
+
+    assert judge(own) > 0.8
+    # A guess among four; 600 pictures are judged, so 0.02 is a standard error.
+    assert max(judge(padded.draw_canvases(own, seed)) for seed in range(9)) < 0.31
+
+
+def test_pixels_are_those_of_pillow_whatever_else_is_installed(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.jpg")
+    monkeypatch.setattr(codec, "FAST", True)
+    monkeypatch.setattr(codec, "decode", None)
+    source = sources.padded({"name": "folder", "path": str(tmp_path)})
+    assert images.read_size(source[0].image) == tuple(source.sizes[0])
 
 
 def test_it_is_another_source_than_the_unpadded_one():

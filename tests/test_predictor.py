@@ -1,12 +1,17 @@
 import csv
+import dataclasses
+import io
 import math
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import jaxtyping
 import numpy as np
 import oracle
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from PIL import Image
@@ -19,14 +24,22 @@ SIZES = [(32, 64), (48, 48), (64, 32), (16, 80), (33, 70), (90, 20), (5, 5), (64
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
+    """A run with the checkpoints 1 and 2, each with parameters and their mean."""
     folder = tmp_path_factory.mktemp("run")
-    assert train.train(tiny.config(steps=1, train__ema=0.5), folder) == 0
+    config = tiny.config(steps=2, train__ema=0.5, train__save_every=1)
+    assert train.train(config, folder) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def predictor(workdir):
     return navit_jax.load(workdir)
+
+
+@pytest.fixture
+def as_users_call(monkeypatch):
+    """Without the types that the tests check at every call."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +72,43 @@ def test_a_picture_of_whole_patches_gives_what_the_plain_model_does(
     np.testing.assert_allclose(
         predictor.predict(given, side=side)[0], expected, atol=1e-6
     )
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("step, folder", [(None, "2"), (2, "2"), (1, "1")])
+def test_a_model_is_the_running_mean_of_the_step_that_is_asked_for(
+    workdir, step, folder
+):
+    state = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / folder / "state")
+    found = navit_jax.load(workdir, step)
+    assert found.step == int(folder)
+    jax.tree.map(np.testing.assert_array_equal, found.params, state["ema"])
+    other = state["params"]["head"]["dense"]["kernel"]
+    assert (found.params["head"]["dense"]["kernel"] != other).any()
+
+
+def change(predictor, **data):
+    """The predictor of a run with another section `data`."""
+    section = {**predictor.config["data"], **data}
+    return dataclasses.replace(predictor, config={**predictor.config, "data": section})
+
+
+@pytest.mark.parametrize(
+    "data, grids",
+    [
+        ({}, [(2, 5), (4, 4)]),
+        ({"upscale": False}, [(2, 4), (3, 3)]),  # of 32 x 64 and 48 x 48
+        ({"square": True}, [(4, 4), (4, 4)]),
+    ],
+)
+def test_pictures_are_seen_as_the_run_saw_its_own(predictor, pictures, data, grids):
+    found = change(predictor, **data).tokens(pictures[:2])
+    assert [tokens.shape[:2] for tokens in found] == grids
+
+
+def test_pictures_are_decoded_as_those_of_the_run(predictor, pictures):
+    with pytest.raises(ValueError, match=r"data\.codec='pilow'"):
+        change(predictor, codec="pilow").predict(pictures[:1])
 
 
 def test_neighbours_and_order_change_nothing_but_rounding(predictor, pictures):
@@ -109,11 +159,13 @@ def test_a_pillow_image_is_turned_upright_and_made_rgb(predictor, pictures, tmp_
     [
         ({"side": 32}, [(1, 2), (2, 2), (2, 1), (1, 4)]),
         ({"tokens": 9}, [(2, 4), (3, 3), (4, 2), (1, 9)]),
+        ({"tokens": np.int64(9)}, [(2, 4), (3, 3), (4, 2), (1, 9)]),
+        ({"side": np.int64(32)}, [(1, 2), (2, 2), (2, 1), (1, 4)]),
         ({"side": 500, "upscale": False}, [(2, 4), (3, 3), (4, 2), (1, 5)]),
         ({}, [(2, 5), (4, 4), (5, 2), (1, 8)]),  # the largest of training, 64
     ],
 )
-def test_the_dial_sets_the_grids(predictor, pictures, dial, grids):
+def test_the_dial_sets_the_grids(predictor, pictures, dial, grids, as_users_call):
     found = predictor.tokens(pictures[:4], **dial)
     assert [tokens.shape[:2] for tokens in found] == grids
 
@@ -182,7 +234,20 @@ def test_no_pictures_give_no_numbers(predictor):
         (["nowhere.png"], {}, r"images\[0\] \(nowhere.png\).*unreadable"),
         ("one.png", {}, "images is one str: give a list"),
         (np.zeros((4, 4, 3), np.uint8), {}, "images is one ndarray: give a list"),
+        (np.zeros((4, 4), np.uint8), {}, "images is one ndarray: give a list"),
+        (b"GIF", {}, "images is one bytes: give a list"),
+        (Image.new("L", (4, 4)), {}, "images is one Image: give a list"),
+        (None, {}, "images is one NoneType: give a list"),
+        ({"a.png"}, {}, "images is one set: give a list"),
+        ({0: "a.png"}, {}, "images is one dict: give a list"),
+        (iter(["a.png"]), {}, "images is one list_iterator: give a list of pictures "),
+        (["a\0.png"], {}, r"images\[0\] \(a\0.png\) can not be used: unreadable"),
         ([], {"tokens": 4.5}, "tokens=4.5: give a whole number"),
+        ([], {"tokens": True}, "tokens=True: give a whole number"),
+        ([], {"side": True}, "side=True: give pixels, or 'native'"),
+        ([], {"side": "64"}, "side='64': give pixels, or 'native'"),
+        ([], {"side": [64]}, r"side=\[64\]: give pixels, or 'native'"),
+        ([], {"upscale": "no"}, "upscale='no': give True, False or None"),
         ([], {"side": 9, "tokens": 9}, "give one of them"),
         ([], {"side": 528}, "side=528.*at most side=512 or tokens=1024"),
         ([], {"tokens": 1089}, "tokens=1089.*at most side=512 or tokens=1024"),
@@ -190,9 +255,30 @@ def test_no_pictures_give_no_numbers(predictor):
         ([], {"side": 0}, "side=0: needs a side > 0"),
     ],
 )
-def test_what_can_not_be_used_is_named(predictor, images, dial, message):
+def test_what_can_not_be_used_is_named(predictor, images, dial, message, as_users_call):
     with pytest.raises(ValueError, match=message):
         predictor.predict(images, **dial)
+
+
+def test_one_path_is_no_list_of_the_paths_of_its_letters(predictor):
+    with pytest.raises(ValueError, match="images is one str: give a list"):
+        list(predictor.results("pooled", "abc", predictor.law()))
+
+
+def test_a_pillow_image_that_can_not_be_loaded_has_the_reason_of_its_file(
+    predictor, pictures
+):
+    file = io.BytesIO()
+    Image.fromarray(pictures[0]).save(file, format="png")
+    cut = file.getvalue()[:3000]
+    closed = Image.fromarray(pictures[0])
+    closed.close()
+    given = [cut, Image.open(io.BytesIO(cut)), closed, pictures[0]]
+    *bad, good = sorted(predictor.results("pooled", given, predictor.law()))
+    assert [b.value.reason for b in bad] == ["truncated", "truncated", "undecodable"]
+    np.testing.assert_allclose(good.value, predictor.embed(given[3:])[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"images\[1\] \(Image\) can.*undecodable"):
+        predictor.predict([pictures[0], closed])
 
 
 def test_a_run_without_classes_says_what_it_gives(tmp_path):
@@ -206,6 +292,18 @@ def test_a_run_without_classes_says_what_it_gives(tmp_path):
     assert predictor.tokens([picture], side=32)[0].shape == (2, 2, 32)
 
 
+def run_command(workdir, images, output, *flags, chunk=4096):
+    """`python -m navit_jax.predict`, reading `chunk` pictures at once."""
+    code = (
+        "from navit_jax import command_line, predict\n"
+        f"predict.CHUNK = {chunk}\n"
+        "command_line.run(predict.define_main())"
+    )
+    given = [f"--workdir={workdir}", f"--images={images}", f"--output={output}", *flags]
+    command = [sys.executable, "-c", code, *given]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_path):
     folder = tmp_path / "pictures"
     (folder / "deeper").mkdir(parents=True)
@@ -215,11 +313,9 @@ def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_pat
     (folder / "bad.jpg").write_bytes(b"<html>")
     (folder / os.fsdecode(b"z\xff.png")).write_bytes((folder / "a.png").read_bytes())
     out = tmp_path / "out.csv"
-    command = [
-        *(sys.executable, "-m", "navit_jax.predict", f"--workdir={workdir}"),
-        *(f"--images={folder}", f"--output={out}", "--side=48", "--top=2"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # More than it reads at once.
+    done = run_command(workdir, folder, out, "--side=48", "--top=2", chunk=2)
+    assert done.returncode == 0, done.stderr
     assert "5 pictures" in done.stdout
     assert "1 could not be used" in done.stdout
     with out.open() as file:
@@ -243,11 +339,36 @@ def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_pat
     assert (lines["a.png"]["patch_rows"], lines["a.png"]["patch_columns"]) == ("2", "4")
 
 
-def test_the_command_names_a_folder_without_pictures(workdir, tmp_path):
-    command = [
-        *(sys.executable, "-m", "navit_jax.predict", f"--workdir={workdir}"),
-        *(f"--images={tmp_path}", f"--output={tmp_path}/out.csv"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_command_passes_on_what_it_is_asked_for(workdir, pictures, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(pictures[6]).resize((40, 20)).save(tmp_path / "pictures/small.png")
+    Image.fromarray(pictures[7]).save(tmp_path / "pictures/large.png")
+    out, asked = tmp_path / "out.csv", ["--step=1", "--tokens=9", "--noupscale"]
+    done = run_command(workdir, tmp_path / "pictures", out, *asked, "--top=8")
+    assert done.returncode == 0, done.stderr
+    large, found = csv.DictReader(out.read_text().splitlines())
+    # Of 64 x 64 pixels, as large as in training, the budget leaves 3 x 3 patches.
+    assert (large["patch_rows"], large["patch_columns"]) == ("3", "3")
+    # 20 x 40 pixels as they are; enlarged to the budget it were 2 x 4 patches.
+    assert (found["patch_rows"], found["patch_columns"]) == ("1", "2")
+    predictor = navit_jax.load(workdir, 1)
+    (expected,) = predictor.predict(
+        [tmp_path / "pictures/small.png"], tokens=9, upscale=False
+    )
+    numbers = {found[f"class_{i}"]: found[f"probability_{i}"] for i in range(1, 9)}
+    for name, value in zip(predictor.class_names, expected, strict=True):
+        assert float(numbers[name]) == pytest.approx(value, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("out.csv", "holds no picture"),
+        ("", "--output=.*: give the name of a file"),
+        ("none/out.csv", "--output=.*: give the name of a file"),
+    ],
+)
+def test_the_command_names_a_wrong_folder_before_any_work(tmp_path, output, message):
+    done = run_command(tmp_path, tmp_path, tmp_path / output)
     assert done.returncode == 2
-    assert "holds no picture" in done.stderr
+    assert re.search(message, done.stderr)

@@ -1,5 +1,6 @@
 import html.parser
 import json
+import shlex
 import shutil
 import subprocess
 
@@ -10,11 +11,22 @@ from etils import epath
 from PIL import Image
 
 import navit_jax
-from navit_jax import experiment, pictures, plan, report, reporting, train
-from navit_jax.data.sources import clipart
+from navit_jax import (
+    data,
+    experiment,
+    pictures,
+    plan,
+    report,
+    reporting,
+    samples,
+    train,
+)
+from navit_jax.data.bad_image import BadImage
 from navit_jax.errors import ConfigError
 
 HOSTILE = "<script>document.title = 'taken over'</script>"
+# Without a slash, so that a folder may be called so.
+TAG = "<script x='1'><b>&amp;"
 VALIDATION = {"name": "clipart", "split": "validation"}
 
 
@@ -52,22 +64,33 @@ def folder(tmp_path):
 
 
 class Tags(html.parser.HTMLParser):
-    def __init__(self, text):
+    def __init__(self, text, collected=()):
         super().__init__()
         self.found, self.text = [], []
+        self.inside, self.tag = {tag: [] for tag in collected}, ""
         self.feed(text)
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag, attrs):
         self.found.append(tag)
+        self.tag = tag
+        if tag in self.inside:
+            self.inside[tag].append("")
+
+    def handle_endtag(self, tag):
+        self.tag = ""
 
     def handle_data(self, data):
         self.text.append(data)
+        if self.tag in self.inside:
+            self.inside[self.tag][-1] += data
 
 
 def page_of(*folders):
     path = folders[0].parent / "page.html"
     report.write_report(folders, path)
-    return path.read_text()
+    text = path.read_text()
+    assert "<script" not in text
+    return text
 
 
 def test_a_report_is_one_page_with_curves_pictures_and_escaped_text(folder):
@@ -82,6 +105,9 @@ def test_a_report_is_one_page_with_curves_pictures_and_escaped_text(folder):
     assert "75% up" in said
     assert f"{HOSTILE} $x_$ " in said  # neither HTML nor a formula
     assert "None: config.evals is empty" in said  # why there are no predictions
+    assert "padding of the last interval2.00%" in said
+    command = shlex.quote(f"--config={HOSTILE}")
+    assert f"python -m navit_jax.train {command}\n" in said
     # Self-contained: nothing is fetched.
     assert 'src="http' not in text
     assert "href=" not in text.replace('href="#', "")
@@ -109,24 +135,103 @@ def test_two_runs_are_on_one_page_with_what_differs(folder, tmp_path):
                          "0", "7"]  # fmt: skip
     assert page.found.count("svg") == 2
     assert page.found.count("img") == 2
+    curves = cells[cells.index("Learning") : cells.index("Accuracy over resolution")]
+    assert {"run: train/loss", "other: train/loss"} <= set(curves)
 
 
-def test_predictions_on_real_pictures_show_what_the_model_says(tmp_path):
-    workdir = epath.Path(tmp_path) / "run"
-    evals = {"validation": {"sources": {"clipart": VALIDATION}, "sides": [64]}}
-    assert train.train(tiny.config(steps=1, evals=evals), workdir) == 0
-    page = Tags(page_of(workdir))
-    source = clipart("validation")
-    shown = np.unique(np.linspace(0, len(source) - 1, 24).round().astype(int))
-    assert page.found.count("figure") == len(shown)
-    assert page.found.count("img") == len(shown) + 1
+@pytest.mark.parametrize(
+    "names", [("a", "b"), ("a/fold", "b/fold"), (f"{TAG}1", f"{TAG}2")]
+)
+def test_every_run_of_a_page_is_told_from_the_others(tmp_path, names):
+    folders = [epath.Path(tmp_path) / name for name in names]
+    for folder in folders:
+        folder.parent.mkdir(exist_ok=True)
+        make_run(folder)
+    text = page_of(*folders)
+    labels = [str(f) for f in folders] if "/" in names[0] else list(names)
+    page = Tags(text, ("title", "h1", "h2", "th"))
+    assert page.inside["title"] == page.inside["h1"] == [", ".join(labels)]
+    sections = [f"Commands of {label}" for label in labels]
+    assert [h2 for h2 in page.inside["h2"] if "Commands" in h2] == sections
+    assert page.inside["th"][:3] == ["", *labels]
+
+
+def test_a_number_that_is_none_is_a_dash(folder):
+    judged = {"eval/v_32/accuracy": 0.5, "eval/v_32/upscaled": None,
+              "baseline/v/majority/accuracy": 0.375}  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps({"values": judged}))
+    text = page_of(folder)
+    assert "<td>eval/v_32/upscaled</td><td>-</td>" in text
+    assert "v/majority" in [said.strip() for said in Tags(text).text]  # the chart
+
+
+def test_what_can_not_be_reported_is_named_before_any_work(folder, tmp_path):
+    other = epath.Path(tmp_path) / "other.html"
+    with pytest.raises(ConfigError, match="run is named twice"):
+        report.write_report([folder, folder.parent / "x" / ".." / "run"], other)
+    with pytest.raises(ConfigError, match="--samples=-1: give 0 or more"):
+        report.write_report([folder], other, -1)
+    for output in (folder, folder.parent / "missing" / "page.html"):
+        with pytest.raises(ConfigError, match=f"--output={output} can not be written"):
+            report.write_report([folder], output)
+    for name in ("evaluation.json", "environment.json", "config.json"):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(whole[:-1])
+        with pytest.raises(ConfigError, match=f"{name} is damaged.*delete it"):
+            report.write_report([folder], other)
+        (folder / name).write_text(whole)
+    assert not other.exists()
+    assert not (folder / "rows.png").exists()
+
+
+@pytest.fixture
+def pictures_of(tmp_path):
+    """A source of two classes with hostile names, a picture of it cut short."""
+    rng = np.random.default_rng(0)
+    for label in (f"{TAG}bee", f"{TAG}cow"):
+        folder = epath.Path(tmp_path) / "pictures" / label
+        folder.mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (40, 30 + 9 * i, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "6.png").write_bytes((folder / "5.png").read_bytes()[:999])
+    return {"name": "folder", "path": str(tmp_path / "pictures")}
+
+
+def test_predictions_on_real_pictures_show_what_the_model_says(tmp_path, pictures_of):
+    workdir = epath.Path(tmp_path) / f"{TAG}run"
+    evals = {
+        "own": {"sources": {TAG: pictures_of}, "sides": [64]},
+        f"{TAG}also": {"sources": {TAG: pictures_of}, "sides": [64]},
+    }
+    config = tiny.config(steps=1, data__sources={TAG: pictures_of}, evals=evals)
+    config["train"]["bad_images"] = 0.5
+    assert train.train(config, workdir) == 0
+    text = page_of(workdir)
+    page = Tags(text, ("p",))
+    (source,), _ = data.open_sources({"own": pictures_of})
+    assert len(source) == 13
+    shown = np.unique(np.linspace(0, 12, 24 // 2).round().astype(int))
+    assert page.found.count("figure") == 2 * len(shown)
+    assert page.found.count("img") == 2 * (len(shown) - 1) + 1
     said = "".join(page.text)
     model = navit_jax.load(workdir)
-    pictures_ = [source[int(i)].image for i in shown]
-    for values, i in zip(model.predict(pictures_), shown, strict=True):
-        labels = [source.class_names[label] for label in source[int(i)].labels]
-        best = source.class_names[values.argmax()]
-        assert f"{best} {values.max():.2f}{', '.join(labels)}" in said
+    own = [source[int(i)] for i in shown[:-1]]  # the last is the cut one
+    hits = 0
+    for values, record in zip(model.predict([r.image for r in own]), own, strict=True):
+        (label,), best = record.labels, int(values.argmax())
+        hits += label == best
+        names = source.class_names[best], source.class_names[label]
+        assert said.count(f"{names[0]} {values.max():.2f}{names[1]}") >= 2
+    assert text.count("<figure class='right'>") == 2 * hits
+    assert text.count("<figure class='wrong'>") == 2 * (len(own) - hits)
+    assert page.inside["p"] == ["own", f"{TAG}also"]
+
+
+def test_a_picture_that_can_not_be_used_says_why():
+    figure = samples._figure(b"", [TAG], BadImage("truncated", TAG), [TAG])
+    assert "<script" not in figure
+    assert f"can not be used: truncated: {TAG}{TAG}" in "".join(Tags(figure).text)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")

@@ -35,6 +35,31 @@ def test_what_a_run_is_rebuilt_from_is_never_cut(tmp_path, full_at):
     assert run_folder.read_class_names(workdir) == ["ant", "bee"]
 
 
+def test_a_stored_config_keeps_its_order_for_what_reads_the_first_of_a_section(
+    tmp_path,
+):
+    workdir = epath.Path(tmp_path)
+    evals = {"validation": {"sides": [64]}, "padded": {"sides": [64]}}
+    run_folder.store_config(workdir, {"evals": evals}, False)
+    assert list(run_folder.read_config(workdir)["evals"]) == ["validation", "padded"]
+
+
+@pytest.mark.parametrize("cut", [b'["ant', b'{"seed": "\xc3'])
+def test_a_file_that_was_cut_is_named_with_the_remedy(tmp_path, cut):
+    workdir = epath.Path(tmp_path)
+    for name in ("config.json", "classes.json"):
+        (workdir / name).write_bytes(cut)
+    (workdir / "metrics.jsonl").write_text("")
+    for read, name in (
+        (lambda: run_folder.read_config(workdir), "config"),
+        (lambda: run_folder.store_config(workdir, {"seed": 1}, False), "config"),
+        (lambda: run_folder.read_class_names(workdir), "classes"),
+        (lambda: run_folder.store_class_names(workdir, ("ant",)), "classes"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}\.json is damaged.*delete it"):
+            read()
+
+
 def test_a_run_that_never_began_leaves_the_folder_to_another_config(tmp_path):
     workdir = epath.Path(tmp_path)
     run_folder.store_config(workdir, {"seed": 1}, False)

@@ -71,7 +71,7 @@ def choose(
     """
     of_use = lengths > 0
     wanted = (u * of_use.sum(1)).astype(np.int64)
-    place = (of_use.cumsum(1) > wanted[:, None]).argmax(1)
+    place = (of_use.cumsum(1) <= wanted[:, None]).sum(1)
     return np.where(of_use.any(1), place, -1)
 
 

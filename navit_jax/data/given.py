@@ -8,13 +8,14 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from navit_jax.data import Stream, modes, resolution, sizes
+from navit_jax.data.bad_image import decoding
 from navit_jax.data.load import Loader
 from navit_jax.data.plan import Plan
 from navit_jax.data.records import Record, Source, StoredSource
@@ -44,10 +45,28 @@ class Given:
     def __getitem__(self, index: int) -> Record:
         picture = self.pictures[index]
         if isinstance(picture, str | os.PathLike):
-            return Record(str(picture), pathlib.Path(picture).read_bytes())
+            try:
+                return Record(str(picture), pathlib.Path(picture).read_bytes())
+            except ValueError as error:
+                # No file can have such a name, as one with NUL.
+                raise OSError(str(error)) from error
         if not isinstance(picture, bytes):
             picture = _encode(picture, f"images[{index}]")
         return Record(f"[{index}]", picture)
+
+
+def check_pictures(images: Any) -> None:
+    """Refuses what is no list of pictures, such as a single one.
+
+    Raises:
+      ValueError: says what is taken.
+    """
+    one = isinstance(images, ONE) or getattr(images, "ndim", 4) != 4
+    if one or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise ValueError(
+            f"images is one {type(images).__name__}: give a list of pictures (paths, "
+            "bytes, Pillow images, uint8 arrays), an array [M h w 3], or a source"
+        )
 
 
 def _encode(picture: Any, where: str) -> bytes:
@@ -55,10 +74,12 @@ def _encode(picture: Any, where: str) -> bytes:
 
     Raises:
       ValueError: it is no picture; names the type or the shape.
+      BadImage: Pillow can not load it, as of a cut file or one that is closed.
     """
     file = io.BytesIO()
     if isinstance(picture, Image.Image):
-        image = ImageOps.exif_transpose(picture)
+        with decoding():
+            image = ImageOps.exif_transpose(picture)
         if image.mode in ("La", "RGBa", "PA"):
             image = image.convert("RGBA" if image.mode != "La" else "LA")
         if image.mode not in PNG_MODES:
@@ -81,6 +102,8 @@ def _encode(picture: Any, where: str) -> bytes:
     return file.getvalue()
 
 
+# These have a length and parts as well, which are no pictures by number.
+ONE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
 # The others that Pillow has, such as CMYK and F, are no PNG.
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 

@@ -81,8 +81,9 @@ class Loader:
         prefix = self.names[row.source[i]]
         try:
             record = source[index]
-        except OSError:
-            skipped.append((name := f"{prefix}:#{index}", "unreadable"))
+        except (OSError, images.BadImage) as error:
+            reason = getattr(error, "reason", "unreadable")
+            skipped.append((name := f"{prefix}:#{index}", reason))
             return self._unusable(row, i, name)
         name = f"{prefix}:{record.key}"
         rows, columns = grid = (int(row.grid[i, 0]), int(row.grid[i, 1]))

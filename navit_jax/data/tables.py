@@ -1,7 +1,7 @@
 """Tables of what a scan finds in each record of a source, kept from run to run.
 
-The sizes of pictures (`sizes.py`) and the lengths of captions (`caption_lengths.py`)
-are such. Letters: M records, K numbers of each.
+The sizes of pictures (`sizes.py`) and the lengths of captions (`captions.py`) are
+such. Letters: M records, K numbers of each.
 """
 
 import concurrent.futures
@@ -16,6 +16,7 @@ import tqdm
 from absl import logging
 from jaxtyping import UInt16
 
+from navit_jax.data.bad_image import BadImage
 from navit_jax.data.records import Record, Source, StoredSource, cache_folder, digest
 
 SAMPLE = 16
@@ -106,7 +107,7 @@ def scan(
         for index in range(start, stop):
             try:
                 found.append(kind.measure(source[index]))
-            except OSError:
+            except (OSError, BadImage):
                 unreadable.append(index)
                 found.append(())
         parts[start] = _pad(found)

@@ -21,8 +21,8 @@ from navit_jax.errors import ConfigError
 # Trained on the embedded captions by `python -m navit_jax.data.text`.
 DEFAULT = pathlib.Path(__file__).parent / "clipart.model"
 # Raise it when `Tokenizer.encode` gives other ids for the same caption and file.
-VERSION = 1
-# No token stands for more characters than this: what follows can not be in the tokens.
+VERSION = 2
+# No token stands for more characters than this, but for those that are left out.
 LONGEST_TOKEN = 256
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 SURROGATES = re.compile(r"[\ud800-\udfff]")
@@ -67,7 +67,12 @@ class Tokenizer:
         text = clean(caption)
         if BROKEN in text and self.broken == "skip":
             return np.zeros(0, np.int32)
-        ids = self.vocabulary.encode(text[: LONGEST_TOKEN * self.length], self.length)
+        looked_at = LONGEST_TOKEN * self.length
+        ids = self.vocabulary.encode(text[:looked_at], self.length)
+        while len(ids) < self.length and looked_at < len(text):
+            # It leaves out characters, as of no width, or makes one of many unknown.
+            looked_at *= 4
+            ids = self.vocabulary.encode(text[:looked_at], self.length)
         if ids == self._marks and self.empty == "skip":
             ids = []
         return np.array(ids, np.int32)
@@ -112,6 +117,8 @@ def open_tokenizer(
     ):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is unknown; known: {', '.join(known)}")
+    if not isinstance(marks, bool):
+        raise ConfigError(f"marks={marks!r}: give True or False")
     opened = vocabularies.read(DEFAULT if vocabulary is None else vocabulary, marks)
     if length <= (around := len(opened.encode("", 1000))):
         raise ConfigError(

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib
 import pathlib
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from navit_jax.errors import ConfigError
@@ -36,10 +35,6 @@ class Vocabulary(Protocol):
         """The ids of the text, marks included, cut to `length` of them."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without marks."""
-        ...
-
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
@@ -66,10 +61,6 @@ class SentencePiece:
         end = self._processor.eos_id()
         ends = [end] if self.marks and end >= 0 else []
         return self._processor.encode(text)[: length - len(ends)] + ends
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return self._processor.decode(list(ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +99,6 @@ class HuggingFace:
         if self.marks:
             encoding = self._tokenizer.post_process(encoding)
         return encoding.ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def load_library(package: str) -> Any:
