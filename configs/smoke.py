@@ -2,7 +2,7 @@
 
 Source: the method of NaViT (arXiv 2307.06304) at the size of a demonstration.
 Command: python -m navit_jax.train --config=configs/smoke.py --workdir=runs/demo
-Cost: 3.5 minutes on two cores. Expect: accuracy .45 to .55 on validation, .50 +- .015
+Cost: 3 minutes on two cores. Expect: accuracy .45 to .55 on validation, .50 +- .015
 over five folds (docs/results.md).
 """
 
