@@ -154,7 +154,7 @@ def cases(folder: pathlib.Path, number: int) -> dict[str, tuple[Stream, int, str
     jpegs = make("jpeg", 375, 500, number)
     pixels, native = make("npy", 128, 208, number), resolution.Native()
     large = make("npy", 224, 288, number)
-    section, _ = prepare.prepare(pixels, folder, 256, 16)
+    section = prepare.prepare(pixels, folder, 256, 16).section
     (stored,), _ = open_sources({"stored": section})
     size = np.mean([len(file) for file in jpegs.files]) / 1000
     whole = token_drop.NoDrop()

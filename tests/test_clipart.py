@@ -15,7 +15,14 @@ import pytest
 from PIL import Image
 
 from navit_jax.data import sources
-from navit_jax.data.builders import captions, classes, clipart, groups, openclipart
+from navit_jax.data.builders import (
+    captions,
+    classes,
+    clipart,
+    debian,
+    groups,
+    openclipart,
+)
 from navit_jax.data.images import read_size
 from navit_jax.data.sizes import size_table
 from navit_jax.data.tables import SAMPLE
@@ -183,7 +190,7 @@ def test_the_committed_files_have_their_checksums():
 
 @pytest.mark.slow
 def test_a_rebuild_gives_the_committed_files():
-    packages = openclipart.find(PACKAGES)
+    packages = debian.find(openclipart.PACKAGES, PACKAGES)
     if not packages:
         pytest.skip(
             f"no openclipart packages in {PACKAGES}; "

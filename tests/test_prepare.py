@@ -37,7 +37,8 @@ def source(folder, monkeypatch):
 def test_what_is_prepared_is_what_would_be_read_with_all_that_belongs_to_it(
     source, tmp_path
 ):
-    section, bad = prepare.prepare(source, tmp_path / "out", 64, 16, "pillow")
+    written = prepare.prepare(source, tmp_path / "out", 64, 16, "pillow")
+    section, bad = written.section, written.skipped
     assert sorted(reason for _, reason in bad) == ["empty", "not_image"]
     assert {key.split("/")[-1] for key, _ in bad} == {"05.jpg", "08.jpg"}
     (opened,), _ = open_sources({"mine": section})
@@ -62,8 +63,8 @@ def test_what_is_prepared_is_what_would_be_read_with_all_that_belongs_to_it(
 def test_sizes_are_known_without_reading_what_was_prepared(
     source, tmp_path, monkeypatch
 ):
-    section, _ = prepare.prepare(source, tmp_path / "out", 64, 16)
-    (opened,), _ = open_sources({"mine": section})
+    written = prepare.prepare(source, tmp_path / "out", 64, 16)
+    (opened,), _ = open_sources({"mine": written.section})
     monkeypatch.setattr(tables, "scan", None)
     table = sizes.size_table(opened)
     expected = [images.read_size(opened[i].image) for i in range(12)]
@@ -115,9 +116,9 @@ def test_a_file_of_bad_pictures_alone_is_left_out_and_a_set_of_them_refused(
 ):
     for path in sorted((folder / "cat").iterdir()):
         path.write_bytes(b"<html>")
-    section, bad = prepare.prepare(source, tmp_path / "out", 64, 16)
-    assert len(bad) == 8
-    (opened,), _ = open_sources({"mine": section})
+    written = prepare.prepare(source, tmp_path / "out", 64, 16)
+    assert len(written.skipped) == 8
+    (opened,), _ = open_sources({"mine": written.section})
     assert [r.labels for r in map(opened.__getitem__, range(len(opened)))] == [(1,)] * 6
     for path in sorted((folder / "dog").iterdir()):
         path.write_bytes(b"<html>")

@@ -8,6 +8,7 @@ import pathlib
 
 from absl import logging
 
+from navit_jax.data import caption_files
 from navit_jax.data.records import Record, digest
 from navit_jax.errors import ConfigError
 
@@ -27,6 +28,7 @@ class Folder:
       files: Paths below `folder`, sorted.
       class_names: The first-level folders, sorted; () when unlabelled.
       ignored: How many files were left out, by extension.
+      captions: Of each file, if there is a file of captions.
     """
 
     name: str
@@ -34,14 +36,16 @@ class Folder:
     files: tuple[str, ...]
     class_names: tuple[str, ...]
     ignored: dict[str, int]
+    captions: tuple[tuple[str, ...], ...] | None = None
 
     @functools.cached_property
     def _class_of(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.class_names)}
 
     def fingerprint(self) -> str:
-        """Of names, sizes and times of the files."""
-        return digest((f, *_size_and_time(self.folder, f)) for f in self.files)
+        """Of names, sizes and times of the files, and of the captions."""
+        files = [(f, *_size_and_time(self.folder, f)) for f in self.files]
+        return digest([*files, *(self.captions or ())])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,7 +56,7 @@ class Folder:
         labels = (self._class_of[file.split(os.sep)[0]],) if self.class_names else ()
         # A name need not be UTF-8; a key is written to JSON.
         key = os.fsencode(file).decode("utf-8", "backslashreplace")
-        return Record(key, image, labels)
+        return Record(key, image, labels, self.captions[index] if self.captions else ())
 
 
 def _size_and_time(folder: str, file: str) -> tuple[int, int]:
@@ -82,7 +86,9 @@ def _is_held_out(file: str) -> bool:
     return int(digest([file])[:8], 16) % 10 == 0
 
 
-def folder(path: str, labels: bool = True, split: str = "all") -> Folder:
+def folder(
+    path: str, labels: bool = True, split: str = "all", captions: str | None = None
+) -> Folder:
     """Opens a folder of pictures, or a part of it.
 
     With sub-folders, each first-level one is a class, numbered in sorted order, and
@@ -95,12 +101,54 @@ def folder(path: str, labels: bool = True, split: str = "all") -> Folder:
         validation (or val, valid), that sub-folder, and "test" is another; if not, a
         tenth of the pictures is for validation, chosen by a hash of the path below the
         folder, so that a picture stays in its part when others come and go.
+      captions: A .csv, .tsv, .jsonl or COCO .json that names pictures by their paths
+        below `path` and has their captions; see `caption_files.py`. What it names and
+        is not there, and pictures that it does not name, are counted and logged.
 
     Raises:
       ConfigError: the folder cannot be read, holds no picture, or holds pictures
         beside its class folders; an unknown split, or one without a picture; "all" of
-        a folder of splits, or one that lacks a part.
+        a folder of splits, or one that lacks a part; the captions cannot be read,
+        or are of none of the pictures.
     """
+    found = _open(path, labels, split)
+    if captions is None:
+        return found
+    return _caption(found, os.path.abspath(os.path.expanduser(path)), captions)
+
+
+def _caption(found: Folder, root: str, path: str) -> Folder:
+    """Gives the pictures their captions; `root` is what the file's paths are below."""
+    known = {
+        os.path.relpath(name, root) if os.path.isabs(name) else name: captions
+        for name, captions in caption_files.read(path).items()
+    }
+    names = [os.path.relpath(os.path.join(found.folder, f), root) for f in found.files]
+    given = tuple(tuple(known.get(name, ())) for name in names)
+    lacking = len(given) - sum(map(bool, given))
+    if lacking == len(given):
+        raise ConfigError(
+            f"captions={path!r} has captions of none of the {len(given)} pictures of "
+            f"{found.name}: it names {next(iter(known))!r}, but there is {names[0]!r}; "
+            f"name them by their paths below {root}"
+        )
+    gone = [n for n in known.keys() - {*names} if not _is_picture(root, n)]
+    if gone or lacking:
+        logging.warning(
+            "%s: %d pictures have no caption in %s; it names %d that are not there%s",
+            found.name, lacking, path, len(gone), f", as {min(gone)!r}" if gone else "",
+        )  # fmt: skip
+    return dataclasses.replace(found, captions=given)
+
+
+def _is_picture(root: str, file: str) -> bool:
+    """Whether a file is there that may be of another part of the folder."""
+    known = os.path.splitext(file)[1].lower() in EXTENSIONS
+    return known and os.path.lexists(os.path.join(root, file))
+
+
+def _open(path: str, labels: bool, split: str) -> Folder:
+    """As `folder`, without captions."""
     root = os.path.abspath(os.path.expanduser(path))
     parts = _parts(root)
     paired = {"train", "validation"} <= parts.keys()
@@ -116,7 +164,7 @@ def folder(path: str, labels: bool = True, split: str = "all") -> Folder:
             "and test if the folder has sub-folders of these names"
         )
     if split in parts:
-        return folder(os.path.join(root, parts[split]), labels)
+        return _open(os.path.join(root, parts[split]), labels, "all")
     files: list[str] = []
     ignored: collections.Counter[str] = collections.Counter()
 

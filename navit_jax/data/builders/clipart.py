@@ -28,7 +28,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from navit_jax.data import sizes, sources
-from navit_jax.data.builders import captions, classes, groups, openclipart
+from navit_jax.data.builders import captions, classes, debian, groups, openclipart
 from navit_jax.errors import ConfigError, DataError
 
 # Long side of the embedded pictures: as WebP of quality 80 the set stays below 12 MB,
@@ -131,7 +131,8 @@ def build(packages: list[pathlib.Path], target: pathlib.Path, config: str) -> No
     """Builds a set from the package files and replaces the folder `target` by it."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        root = openclipart.unpack(packages, folder / "packages")
+        debian.unpack(packages, folder)
+        root = folder / "usr" / "share" / "openclipart"
         builder = Clipart(
             data_dir=folder / "tfds", config=config, file_format="array_record"
         )
@@ -245,14 +246,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="folder to build into instead of the default")
     options = parser.parse_args(argv)
     folder = pathlib.Path(options.packages or sources.cache_folder() / "openclipart")
-    if not openclipart.find(folder):
+    names = openclipart.PACKAGES
+    if not debian.find(names, folder):
         if options.packages:
             raise ConfigError(
                 f"--packages {folder}: it holds no "
-                f"{' and '.join(p + '_*.deb' for p in openclipart.PACKAGES)}"
+                f"{' and '.join(p + '_*.deb' for p in names)}"
             )
-        openclipart.fetch(folder)
-    packages = openclipart.find(folder)
+        debian.fetch(names, folder, "--packages DIR")
+    packages = debian.find(names, folder)
     if options.check:
         check(packages, sources.CLIPART)
         return

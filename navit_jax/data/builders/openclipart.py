@@ -1,12 +1,10 @@
-"""Fetches and lists the openclipart packages of Debian, and reads their pictures.
+"""Lists the pictures of Debian's openclipart packages, and reads them.
 
-The pictures are public domain. Debian serves one version at a time.
+They are public domain.
 """
 
 import dataclasses
 import pathlib
-import shutil
-import subprocess
 from unittest import mock
 
 import numpy as np
@@ -33,54 +31,6 @@ class Entry:
 
     key: str
     categories: tuple[str, ...]
-
-
-def fetch(folder: pathlib.Path) -> None:
-    """Downloads both packages into `folder` with apt-get; nothing is installed.
-
-    Raises:
-      ConfigError: there is no apt-get, or it failed.
-    """
-    remedy = (
-        f"Get the two files {', '.join(p + '_*.deb' for p in PACKAGES)} from "
-        "https://packages.debian.org/openclipart-png and .../openclipart-svg, "
-        "and give their folder: --packages DIR"
-    )
-    if not shutil.which("apt-get"):
-        raise ConfigError(f"apt-get is not on this machine. {remedy}")
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["apt-get", "download", *PACKAGES]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if result.returncode:
-        raise ConfigError(
-            f"`{' '.join(command)}` failed: {result.stderr.strip()[-500:]}\n"
-            f"Try `apt-get update` first. {remedy}"
-        )
-
-
-def find(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The package files in `folder`, in the order of `PACKAGES`; [] if one lacks."""
-    found = [sorted(folder.glob(f"{name}_*.deb")) for name in PACKAGES]
-    return [files[-1] for files in found] if all(found) else []
-
-
-def unpack(packages: list[pathlib.Path], folder: pathlib.Path) -> pathlib.Path:
-    """Unpacks the packages; returns the folder that holds `png` and `svg`.
-
-    Raises:
-      ConfigError: there is no dpkg-deb, or a package is broken.
-    """
-    if not shutil.which("dpkg-deb"):
-        raise ConfigError("dpkg-deb is not on this machine; install dpkg")
-    for package in packages:
-        command = ["dpkg-deb", "-x", str(package), str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise ConfigError(
-                f"{package} is broken: {result.stderr.strip()}\n"
-                "Remove it and run the command again"
-            )
-    return folder / "usr" / "share" / "openclipart"
 
 
 def list_entries(root: pathlib.Path) -> list[Entry]:
@@ -122,14 +72,19 @@ def read_picture(path: pathlib.Path) -> Image.Image | None:
     with mock.patch.object(Image, "MAX_IMAGE_PIXELS", None), Image.open(path) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             return None
-        image = opened.convert("RGBA") if opened.mode != "RGBA" else opened
-        image.load()
-        box = image.getbbox(alpha_only=True)
-        if box is None:
-            return None
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        return white.crop(box)
+        return cut_out(opened)
+
+
+def cut_out(opened: Image.Image) -> Image.Image | None:
+    """Cuts a picture to its alpha box, on white; None if nothing is visible."""
+    image = opened.convert("RGBA") if opened.mode != "RGBA" else opened
+    image.load()
+    box = image.getbbox(alpha_only=True)
+    if box is None:
+        return None
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white.crop(box)
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
