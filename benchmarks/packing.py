@@ -1,9 +1,11 @@
 """Padding and speed of packing on one core: `python benchmarks/packing.py`.
 
-Two Markdown tables: the padding of our packers and of grain's on three loads, and how
-many images a second one core plans, packs and writes into rows. `--tiny` is for a test.
+Three Markdown tables: the padding of our packers and of grain's on three loads, how
+many images a second one core plans, packs and writes into rows, and what the room for
+texts costs where images bring captions. `--tiny` is for a test.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +16,12 @@ import timing
 from absl import app, flags
 from grain import experimental
 
-from navit_jax.data import resolution, token_drop
+from navit_jax.data import resolution, sources, token_drop
+from navit_jax.data.captions import caption_lengths
 from navit_jax.data.pack import LoadedImage, pack_rows
 from navit_jax.data.packers import assign_rows
 from navit_jax.data.plan import Plan
+from navit_jax.data.tokenizer import open_tokenizer
 
 TINY = flags.DEFINE_bool("tiny", False, "Few images, one repeat")
 REPEATS = flags.DEFINE_integer("repeats", 9, "Timed rounds; the median is told")
@@ -31,8 +35,19 @@ OPEN = 32  # rows that grain's packers keep open
 FEW = 4096  # images for them: they work image by image, so more change nothing
 
 
-def make_plan(seed: int, images: int, packer: str = "auto") -> Plan:
-    """Sides U(64, 256), log-aspect of sigma 0.35, half of the tokens dropped."""
+def make_plan(
+    seed: int,
+    images: int,
+    packer: str = "auto",
+    texts: np.ndarray | None = None,
+    room: int = 0,
+) -> Plan:
+    """Sides U(64, 256), log-aspect of sigma 0.35, half of the tokens dropped.
+
+    Args:
+      texts: Tokens of the caption of each image.
+      room: Text tokens of a row.
+    """
     rng = np.random.default_rng(seed)
     aspect, side = np.exp(rng.normal(0, 0.35, images)), 400
     shapes = np.stack([side * np.sqrt(aspect), side / np.sqrt(aspect)], 1)
@@ -48,6 +63,8 @@ def make_plan(seed: int, images: int, packer: str = "auto") -> Plan:
         token_drop=token_drop.Constant(0.5),
         packer=packer,
         window=min(images, WINDOW),
+        captions=() if texts is None else [texts[:, None].astype(np.uint16)],
+        text_tokens=room,
     )
 
 
@@ -183,15 +200,65 @@ def table_of_speed(images: int, repeats: int) -> Iterator[str]:
         yield f"| {name} | {speed:,.0f} | {bound} |"
 
 
+def of_the_embedded(seed: int, images: int) -> np.ndarray:
+    """Lengths of the embedded training captions, cut at 24."""
+    source = sources.clipart("train", "none")
+    lengths = caption_lengths(source, open_tokenizer(length=24))
+    return np.random.default_rng(seed).choice(lengths[:, 0], images)
+
+
+def longer(seed: int, images: int) -> np.ndarray:
+    """Lengths about 13, log-normal of sigma 0.45, 2 to 24: their mean is 13.8."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(13), 0.45, images)
+    return np.rint(drawn).clip(2, 24)
+
+
+TEXTS = {"embedded captions": of_the_embedded, "longer texts": longer}
+ROOMS = (48, 56, 64, 72, 80, 88, 96, 128)
+
+
+def table_of_texts(images: int, repeats: int) -> Iterator[str]:
+    """The lines of the third table."""
+    images = 20 * min(images, WINDOW)
+    cases, reports, number = {}, {}, iter(range(10**9))
+    for name, draw in TEXTS.items():
+        for room in ROOMS:
+            plan = make_plan(0, images, "auto", draw(0, images), room)
+            plan = dataclasses.replace(plan, window=images // 20)
+            reports[f"{name} | {room}"] = plan.report()
+            cases[f"{name} | {room}"] = lambda plan=plan: plan.plan_window(
+                0, next(number) % 20
+            )
+    seconds = timing.interleave(cases, repeats, settle=True, clock=time.process_time)
+    yield (
+        "| `auto`, L = 256, N = 10 | T | image padding, % | text padding, % | "
+        "pairs planned a core-second |"
+    )
+    yield "|---|---:|---:|---:|---:|"
+    for name, report in reports.items():
+        # All of one kind of texts recommend the same: it depends on no room.
+        mark = " (recommended)" * name.endswith(f" {report['enough_text']}")
+        yield (
+            f"| {name}{mark} | {100 * report['padding']:.2f} | "
+            f"{100 * report['text_padding']:.2f} | "
+            f"{images / 20 / np.median(seconds[name]):,.0f} |"
+        )
+    yield "| bound | recommended | <= 1.5 |  | >= 100,000 |"
+
+
 def main(_: list[str]) -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     # A core-second is one of this core.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     images = 2048 if TINY.value else WINDOW
     for line in table_of_padding(2 if TINY.value else 10, images):
         print(line, flush=True)
     print()
-    for line in table_of_speed(images, 1 if TINY.value else REPEATS.value):
+    repeats = 1 if TINY.value else REPEATS.value
+    for line in table_of_speed(images, repeats):
+        print(line, flush=True)
+    print()
+    for line in table_of_texts(images, repeats):
         print(line, flush=True)
 
 

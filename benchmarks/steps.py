@@ -9,8 +9,11 @@ import numpy as np
 
 from navit_jax import compile, experiment, sharding
 from navit_jax.batch import PackedBatch
+from navit_jax.models import attention, flops, sizes
 
 Step = Callable[[], object]
+# Attention that passes the values on costs next to nothing, and keeps every shape.
+attention.IMPLEMENTATIONS["values"] = lambda q, k, v, ids: v + 0 * (q + k)
 
 
 def config(size: str, batch: PackedBatch, micro: int, **model: Any) -> dict[str, Any]:
@@ -50,7 +53,13 @@ def step(
     settings: dict[str, Any], batch: PackedBatch, run: Callable[..., Any] | None = None
 ) -> Step:
     """Runs the trainer's step, or `run`, on the batch; waits for it each time."""
-    built = program(settings, batch)
+    return step_of(program(settings, batch), batch, run)
+
+
+def step_of(
+    built: compile.Program, batch: PackedBatch, run: Callable[..., Any] | None = None
+) -> Step:
+    """As `step`, of what is compiled for any config."""
     run, held, rows = run or built.step(), [built.first_state()], _place(batch)
 
     def call() -> None:
@@ -69,6 +78,34 @@ def _place(batch: PackedBatch) -> tuple[PackedBatch, jax.Array]:
 def count(batch: PackedBatch) -> tuple[int, int]:
     """Images and tokens of a batch."""
     return int(batch.image_mask.sum()), int((batch.segment_ids > 0).sum())
+
+
+def spec(settings: dict[str, Any]) -> sizes.Spec:
+    """The shape of the encoder of a config."""
+    model = settings["model"]
+    changes = {name: model[name] for name in sizes.Spec._fields if name in model}
+    return sizes.spec(model["size"])._replace(**changes)
+
+
+def count_pairs(segment_ids: np.ndarray) -> int:
+    """Pairs of tokens of one image, the sum of n^2, in rows [B L]."""
+    return sum(int((np.bincount(row)[1:] ** 2).sum()) for row in segment_ids)
+
+
+def useful_flops(settings: dict[str, Any], batch: PackedBatch) -> float:
+    """Of one training step: blocks and patch embedding, of valid tokens only.
+
+    What a model's pooling takes beside them, 1.2 % in Ti/16, is not counted.
+    """
+    images, tokens = count(batch)
+    return flops.TRAINING * flops.forward_flops(
+        tokens,
+        count_pairs(batch.segment_ids),
+        images,
+        spec(settings),
+        batch.patches.shape[-1],
+        pooling="none",
+    )
 
 
 def table(title: str, header: str, lines: list[list[str]]) -> None:

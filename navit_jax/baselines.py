@@ -1,4 +1,4 @@
-"""What a classifier that sees no pixel gets: always the commonest class, or the aspect.
+"""What is had without seeing a pixel: by the commonest class, the aspect, the category.
 
 An image counts as right if the guess is any of its labels, as for the model. M images,
 C classes.
@@ -7,7 +7,11 @@ C classes.
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
+from navit_jax import retrieval
 from navit_jax.data import Stream
+from navit_jax.data.records import Source
+from navit_jax.errors import ConfigError
+from navit_jax.judges import no_captions, read_all
 
 # Bins of equal counts over the aspects of the training set.
 BINS = 24
@@ -45,6 +49,26 @@ def pixel_free(train: Stream, test: Stream) -> dict[str, float]:
     return {
         "majority": majority(labels, others),
         "aspect_only": aspect_only(labels, aspects, others, other_aspects),
+    }
+
+
+def without_pictures(source: Source) -> dict[str, dict[str, float]]:
+    """What retrieval gives by chance, and to who knows the top category of an image.
+
+    That is the first folder of its key. All images with a caption count.
+
+    Raises:
+      ConfigError: no image has a caption.
+    """
+    keys, captions = zip(*((r.key, r.captions) for r in read_all(source)), strict=True)
+    pairs = retrieval.list_pairs(captions).pairs
+    used, _, pairs = retrieval.restrict(pairs, np.arange(len(keys)))
+    if not len(pairs):
+        raise ConfigError(no_captions(source))
+    categories = retrieval.top_categories([keys[i] for i in used])
+    return {
+        "chance": retrieval.chance(pairs),
+        "top_category": retrieval.oracle(pairs, categories),
     }
 
 

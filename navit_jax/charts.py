@@ -1,6 +1,5 @@
-"""Charts of runs for the report: curves over steps, accuracy over resolution."""
+"""Charts of runs for the report: curves over steps, what is right over resolution."""
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,21 @@ Judged = Mapping[str, Mapping[str, float | None]]
 PANELS = {
     "loss": r"train/loss|eval/.*/loss",
     "accuracy": r"train/accuracy|eval/.*/accuracy",
+    "recall at 5": r"eval/.*/(image_to_text|text_to_image)_r5",
+    "similarity": r"(train|eval/.*)/similarity",
     "padding": r"pack/padding",
+    "padding of text": r"pack/text_padding",
     "images/s": r"throughput/images_per_second",
+}
+# What is right of an evaluation, and what to call it.
+METRICS = {
+    "accuracy": "accuracy",
+    "image_to_text_r5": "R@5, image to text",
+    "text_to_image_r5": "R@5, text to image",
+}
+LABELS = {
+    "side": "side of the square of the image's area, pixels",
+    "tokens": "tokens an image, mean",
 }
 
 
@@ -45,89 +57,123 @@ def draw_curves(runs: Mapping[str, Records]) -> str:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-        if title in ("padding", "images/s"):
-            axes.set_ylim(bottom=0)
+        if "padding" in title or title == "images/s":
+            axes.set_ylim(0, 1.1 * max(max(values) for _, _, values in lines) or 1)
         if len(lines) > 1:
             axes.legend(fontsize=6.5, frameon=False)
     return _svg(figure)
 
 
 def draw_resolutions(judged: Judged) -> str:
-    """Accuracy over the side, and over the tokens an image takes, as SVG.
+    """Accuracy and recall over the side, and over the tokens an image takes, as SVG.
 
-    Under a point that had to enlarge images stands their share. "" without accuracies.
+    A row of charts for each metric that was judged; "" of none. Dashed is what is had
+    without a pixel. Under a point that had to enlarge images stands their share.
     """
-    figure = pictures.figure(9, 3.4)
-    left, right = figure.subplots(1, 2, sharey=True)
-    drawn = False
-    for run, values in judged.items():
-        for label, points in _by_set(run if len(judged) > 1 else "", values).items():
-            drawn = True
-            _line(left, label, [p for p in points if p["side"]], "side")
-            _line(right, label, [p for p in points if p["tokens"]], "tokens")
-        baselines = {
-            name.removeprefix("baseline/").removesuffix("/accuracy"): value
-            for name, value in values.items()
-            if name.startswith("baseline/") and value is not None
+    rows = {
+        metric: {
+            f"{run}: {name}" if len(judged) > 1 else name: points
+            for run, values in judged.items()
+            for name, points in _by_set(values, metric).items()
         }
-        for name, value in baselines.items():
-            for axes in (left, right) if right.lines else (left,):
-                axes.axhline(value, ls="--", lw=1, color="#888888")
-            left.text(
-                0.01, value, _plain(name), fontsize=7, va="bottom",
-                transform=left.get_yaxis_transform(),
-            )  # fmt: skip
-    if not drawn:
+        for metric in METRICS
+    }
+    rows = {metric: sets for metric, sets in rows.items() if sets}
+    if not rows:
         return ""
-    if not right.lines:  # an evaluation that did not count them
-        right.axis("off")
-    left.set_xlabel("side of the square of the image's area, pixels", fontsize=9)
-    right.set_xlabel("tokens an image, mean", fontsize=9)
-    left.set_ylabel("accuracy (band: 95 %, by group)", fontsize=9)
-    left.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=8)
-    left.legend(frameon=False, fontsize=7, loc="lower right")
+    figure = pictures.figure(9, 3.4 * len(rows))
+    for (metric, sets), axes in zip(
+        rows.items(),
+        figure.subplots(len(rows), 2, sharey="row", squeeze=False),
+        strict=True,
+    ):
+        guesses = {
+            name[len("baseline/") : -len(metric) - 1]: value
+            for values in judged.values()
+            for name, value in values.items()
+            if re.fullmatch(f"baseline/.*/{metric}", name) and value is not None
+        }
+        for over, own in zip(("side", "tokens"), axes, strict=True):
+            _draw_sets(own, sets, over)
+        drawn = [own for own in axes if own.lines]
+        for own in drawn:
+            for value in guesses.values():
+                own.axhline(value, ls="--", lw=1, color="#888888")
+        for name, value in guesses.items():
+            drawn[0].text(
+                0.01, value, _plain(name), fontsize=7, va="bottom",
+                transform=drawn[0].get_yaxis_transform(),
+            )  # fmt: skip
+        # Of charts that share an axis the second has no numbers of its own.
+        drawn[0].tick_params(labelleft=True)
+        drawn[0].set_title(METRICS[metric], fontsize=10, loc="left")
+        drawn[0].set_ylabel("share (band: 95 %, by group)", fontsize=9)
+        drawn[0].set_ylim(bottom=0)
+        drawn[0].legend(frameon=False, fontsize=7, loc="best")
     return _svg(figure)
 
 
-def _by_set(run: str, values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _by_set(values: Mapping[str, Any], metric: str) -> dict[str, list[dict[str, Any]]]:
     """The points of each eval set, from `eval/<set>_<dial>/<metric>`."""
     sets: dict[str, list[dict[str, Any]]] = {}
     for name, value in values.items():
-        match = re.fullmatch(r"eval/(.+)_([^_/]+)/accuracy", name)
+        match = re.fullmatch(f"eval/(.+)_([^_/]+)/{metric}", name)
         if match is None or value is None:
             continue
-        stem = name.removesuffix("accuracy")
-        side = re.fullmatch(r"\d+(\.\d+)?", match[2])
+        stem, dial = name.removesuffix(metric), match[2]
+        side = re.fullmatch(r"\d+(\.\d+)?", dial)
         point = {
-            "side": float(match[2]) if side else None,
+            "side": float(dial) if side else None,
             "tokens": values.get(f"{stem}tokens_per_image"),
+            "native": dial == "native",
             "upscaled": values.get(f"{stem}upscaled"),
-            "accuracy": value,
+            "value": value,
             "low": values.get(f"{name}_low", value),
             "high": values.get(f"{name}_high", value),
         }
-        label = f"{run}: {match[1]}" if run else match[1]
-        sets.setdefault(label, []).append(point)
+        sets.setdefault(match[1], []).append(point)
     return sets
 
 
-def _line(axes: Any, label: str, points: list[dict[str, Any]], over: str) -> None:
-    points = sorted(points, key=lambda point: point[over])
-    if not points:
+def _draw_sets(
+    axes: Any, sets: Mapping[str, Sequence[Mapping[str, Any]]], over: str
+) -> None:
+    """A line a set; nothing to be seen if no point of any is over `over`."""
+    for number, (label, every) in enumerate(sets.items()):
+        points = sorted((p for p in every if p[over]), key=lambda point: point[over])
+        if not points:
+            continue
+        colour = pictures.COLOURS[number % len(pictures.COLOURS)]
+        # Of native size they are many sides at once: a point of its own, on no line.
+        joined = [point for point in points if not point["native"]]
+        x, y = ([point[key] for point in joined] for key in (over, "value"))
+        axes.plot(x, y, marker="o", ms=4, color=colour, label=_plain(label))
+        for point in points:
+            place = point[over], point["value"]
+            if point["native"] or len(joined) == 1:  # which have no band
+                axes.vlines(place[0], point["low"], point["high"], colour, alpha=0.3)
+            if point["native"]:
+                axes.plot(*place, marker="D", ms=5, color=colour)
+                _tell(axes, "native", place, 7)
+            if point["upscaled"]:
+                _tell(axes, f"{point['upscaled']:.0%} up", place, -11)
+        low, high = ([point[key] for point in joined] for key in ("low", "high"))
+        axes.fill_between(x, low, high, alpha=0.15, color=colour)
+    if not axes.lines:
+        axes.axis("off")
         return
-    x, *ys = ([p[k] for p in points] for k in (over, "accuracy", "low", "high"))
-    axes.plot(x, ys[0], marker="o", ms=4, label=_plain(label))
-    axes.fill_between(x, ys[1], ys[2], alpha=0.15)
-    for point in points:
-        if point["upscaled"]:
-            axes.annotate(
-                f"{point['upscaled']:.0%} up", (point[over], point["accuracy"]),
-                xytext=(0, -11), textcoords="offset points", ha="center", fontsize=6,
-                color="#666666",
-            )  # fmt: skip
+    axes.set_xlabel(LABELS[over], fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+
+
+def _tell(
+    axes: Any, text: str, place: tuple[float, float], height: float | int
+) -> None:
+    axes.annotate(
+        text, place, xytext=(0, height), textcoords="offset points", ha="center",
+        fontsize=6, color="#666666",
+    )  # fmt: skip
 
 
 def _series(records: Records, name: str) -> tuple[list[int], list[float]]:
@@ -141,11 +187,5 @@ def _plain(label: str) -> str:
 
 
 def _svg(figure: Any) -> str:
-    import matplotlib
-
-    file = io.StringIO()
-    # Letters stay letters: they can be searched, and the page is smaller.
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(file, format="svg")
-    text = file.getvalue()
+    text = pictures.encode(figure, "svg").decode()
     return text[text.index("<svg") :]

@@ -133,8 +133,13 @@ def exit_codes() -> Iterator[None]:
         sys.exit(code)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses flags, runs `main`, and ends the process with its exit code."""
+def run(main: Callable[..., int | None], words: bool = False) -> None:
+    """Parses flags, runs `main`, and ends the process with its exit code.
+
+    Args:
+      main: Takes nothing, or the list of the words beside the flags.
+      words: Whether it takes them; else there must be none.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         with exit_codes():
@@ -144,6 +149,8 @@ def run(main: Callable[[], int | None]) -> None:
     def call(argv: list[str]) -> int | None:
         quiet_libraries()
         with exit_codes():
+            if words:
+                return main(argv[1:])
             if argv[1:]:
                 raise ConfigError(f"unknown arguments {argv[1:]}; flags start with --")
             return main()

@@ -83,6 +83,7 @@ class Program:
             accumulate=self._options.accumulate,
             shards=shards,
             ema_decay=self._options.ema,
+            freeze=self._config["optim"].get("freeze", ()),
         )
 
         def step(

@@ -1,11 +1,12 @@
 """Evaluates: `python -m navit_jax.evaluate --workdir=runs/demo --sides=32,64,native`.
 
 Judges a checkpoint on every set of `config.evals` at any resolutions; --shots adds
-linear probes, --baselines what classifiers get that see no pixel.
+linear probes, --baselines what is had without seeing a pixel.
 """
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,8 @@ from typing import Any
 import jax
 from absl import flags
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from navit_jax import (
-    checkpoint,
     command_line,
     data,
     experiment,
@@ -24,11 +23,12 @@ from navit_jax import (
     run_folder,
     sharding,
 )
-from navit_jax import config as config_lib
-from navit_jax.baselines import pixel_free
+from navit_jax.baselines import pixel_free, without_pictures
 from navit_jax.errors import ConfigError
 from navit_jax.evaluator import Evaluator
 from navit_jax.few_shot import few_shot
+from navit_jax.judges import Metrics, Retrieval
+from navit_jax.retrieval import DEPTHS
 
 
 def evaluate(
@@ -40,8 +40,13 @@ def evaluate(
     step: int | str | None = None,
     baselines: bool = False,
     shots: Sequence[int] = (),
+    output: epath.PathLike = "",
+    tell: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:
-    """Judges a checkpoint of a run; writes `evaluation.json` in its folder.
+    """Judges a checkpoint of a run, on all devices here, and writes down what it finds.
+
+    The mesh of the run's config need not be had: rows are split over the devices there
+    are, of all processes, in a number that is a multiple of them.
 
     Args:
       sides: In pixels, or "native"; those of the config without sides and budgets.
@@ -51,19 +56,27 @@ def evaluate(
         the config says.
       split: Of the eval sets' sources, e.g. "test"; that of the config if empty.
       step: Of the checkpoint; None is the newest, see `checkpoint.restore_params`.
-      baselines: Whether to add what classifiers get that see no pixel.
+      baselines: Whether to add what is had without seeing a pixel: by classifiers, and
+        in retrieval by chance and by who knows the top category of a picture.
       shots: Images a class of linear probes on the pooled vectors, see `few_shot`.
+      output: A .json file; `evaluation.json` in the run's folder if empty.
+      tell: Is given the values before they are written.
 
     Returns:
-      `eval/<set>_<resolution>/<metric>` and `baseline/<set>/<classifier>/accuracy`.
+      `eval/<set>_<resolution>/<metric>` and `baseline/<set>/<guess>/<metric>`.
 
     Raises:
       ConfigError: there is no set, or two get the same name, or what is asked does
-        not fit the run.
+        not fit the run, or the output can not be written.
       DataError: a set has no picture that can be used.
     """
     workdir = epath.Path(workdir).absolute()
     config = run_folder.read_config(workdir)
+    path = epath.Path(output) if output else workdir / "evaluation.json"
+    # A device would be replaced; epath calls it a file.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"--output={path} is no file: give the name of one")
+    run_folder.check_writable(path.parent, f"--output={path}")
     dial = {"sides": list(sides), "budgets": list(budgets)} if sides or budgets else {}
     sections: dict[str, Any] = {}
     for name, section in _sections(config, dial, upscale, split):
@@ -75,35 +88,26 @@ def evaluate(
         sections[name] = section
     if not sections:
         raise ConfigError("config.evals is empty: there is no set to judge on")
-    config = {**config, "evals": sections}
-    mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
-    class_names = run_folder.read_class_names(workdir)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    with jax.set_mesh(mesh):
-        task = experiment.build_task(config, len(class_names))
-        restored = checkpoint.restore_params(
-            workdir / "checkpoints",
-            step,
-            "ema" if experiment.train_options(config).ema else "params",
-            shardings=lambda tree: jax.tree.map(lambda _: everywhere, tree),
-        )
-        evaluator = Evaluator(config, task, mesh, class_names)
-        values = evaluator.run(restored.state)
+    if shots and not run_folder.read_class_names(workdir):
+        raise ConfigError("--shots: the run has no classes to learn from a few images")
+    model = predictor.restore(workdir, step, sharding.make_mesh())
+    config = {**model.config, "evals": sections}
+    with jax.set_mesh(model.mesh):
+        evaluator = Evaluator(config, model.task, model.mesh, model.class_names)
+        values = evaluator.run(model.params)
     if shots:
-        values |= _few_shot(workdir, config, evaluator, restored.step, shots)
+        values |= _few_shot(workdir, config, evaluator, model.step, shots)
     if baselines:
-        if not class_names:
-            raise ConfigError("--baselines: the run has no classes to guess")
-        training = experiment.build_stream(config)
-        # No resolution has a _ in its label; any of them has the labels of the set.
-        sets = {key.rsplit("_", 1)[0]: s for key, s in evaluator.streams.items()}
-        for name, judged in sets.items():
-            for classifier, value in pixel_free(training, judged).items():
-                values[f"baseline/{name}/{classifier}/accuracy"] = value
+        values |= _baselines(config, evaluator)
+    tell(values)
     # JSON has no NaN.
     finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    record = {"step": restored.step, "values": finite, "command": sys.argv}
-    run_folder.store(workdir / "evaluation.json", json.dumps(record, indent=2))
+    record = {"step": model.step, "values": finite, "command": sys.argv}
+    if jax.process_index() == 0:
+        try:
+            run_folder.store(path, json.dumps(record, indent=2))
+        except OSError as error:
+            raise ConfigError(f"--output={path} can not be written: {error}") from error
     return values
 
 
@@ -149,11 +153,40 @@ def _few_shot(
     return values
 
 
+def _baselines(config: Mapping[str, Any], evaluator: Evaluator) -> dict[str, float]:
+    """What is had without a pixel, by set; any of its resolutions has its records.
+
+    Sets of the same records, judged alike, have the same: the first is named.
+    """
+    values: dict[str, float] = {}
+    sets: dict[Any, tuple[str, data.Stream]] = {}
+    for key, stream in evaluator.streams.items():
+        name = evaluator.set_of[key]
+        sources = json.dumps(config["evals"][name]["sources"])
+        sets.setdefault((type(evaluator.judges[name]), sources), (name, stream))
+    for name, stream in sets.values():
+        found: dict[str, dict[str, float]] = {}
+        if isinstance(evaluator.judges[name], Retrieval):
+            found = without_pictures(stream.loader.sources[0])
+        elif isinstance(evaluator.judges[name], Metrics) and stream.class_names:
+            accuracies = pixel_free(experiment.build_stream(config), stream)
+            found = {guess: {"accuracy": value} for guess, value in accuracies.items()}
+        for guess, metrics in found.items():
+            for metric, value in metrics.items():
+                values[f"baseline/{name}/{guess}/{metric}"] = value
+    if not values:
+        raise ConfigError(
+            "--baselines: no set has classes that the run has learned, or captions to "
+            "retrieve"
+        )
+    return values
+
+
 def format_table(values: Mapping[str, float]) -> str:
     """A line for each set and resolution, a column for each of the usual metrics.
 
-    Beside the accuracy stands its 95 % interval by near-duplicate group, where there is
-    one; all numbers are in `evaluation.json`.
+    Beside accuracy and R@1 stands the 95 % interval by near-duplicate group, where
+    there is one; all numbers are in `evaluation.json`.
     """
     points = dict.fromkeys(name.rsplit("/", 1)[0] for name in values)
     metrics = {name.rsplit("/", 1)[1] for name in values}
@@ -179,6 +212,16 @@ COLUMNS = {
     "seconds_per_image": "s an image",
     "accuracy": "accuracy",
     "loss": "loss",
+    **{
+        f"{way}_r{depth}": f"{short} R@{depth}"
+        for way, short in (
+            ("image_to_text", "image to text"),
+            ("text_to_image", "text to image"),
+        )
+        for depth in DEPTHS
+    },
+    "accuracy_absent": "accuracy, names not in training",
+    "similarity": "similarity",
     "nll": "NLL",
     "brier": "Brier",
     "calibration_error": "ECE",
@@ -190,7 +233,7 @@ def _cell(values: Mapping[str, float], name: str) -> str:
     if name not in values:
         return ""
     cell = f"{values[name]:.4g}"
-    if name.endswith("/accuracy") and f"{name}_low" in values:
+    if name.endswith(("/accuracy", "_r1")) and f"{name}_low" in values:
         return f"{cell} ({values[f'{name}_low']:.3f} .. {values[f'{name}_high']:.3f})"
     return cell
 
@@ -205,11 +248,14 @@ def define_main() -> Callable[[], int]:
     )
     split = flags.DEFINE_string("split", "", "Split of the eval sets, e.g. test")
     step = command_line.define_step()
-    baselines = flags.DEFINE_bool("baselines", False, "Add pixel-free classifiers")
+    baselines = flags.DEFINE_bool("baselines", False, "Add what is had without a pixel")
     shots = flags.DEFINE_list("shots", [], "Images a class of linear probes, as 1,10")
+    output = flags.DEFINE_string(
+        "output", "", "A .json file; default: evaluation.json in the run's folder"
+    )
 
     def main() -> int:
-        values = evaluate(
+        evaluate(
             workdir.value,
             [command_line.parse_side(side) for side in sides.value],
             command_line.parse_counts("budgets", budgets.value),
@@ -218,8 +264,9 @@ def define_main() -> Callable[[], int]:
             step(),
             baselines.value,
             command_line.parse_counts("shots", shots.value),
+            output.value,
+            lambda values: print(format_table(values)),
         )
-        print(format_table(values))
         return 0
 
     return main

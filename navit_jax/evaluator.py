@@ -1,9 +1,10 @@
 """Judges a model on the eval sets of a config, each at several resolutions.
 
-(total, weight) of a metric is summed over all images and divided once. Nothing is
-shuffled or dropped, and each image counts exactly once. M images.
+How a set is judged is one of `judges.JUDGES`. Nothing is shuffled or dropped, and each
+image counts exactly once; texts are embedded once, for all resolutions of a set.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,21 +13,27 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
 
-from navit_jax import calibration, data, experiment, sharding
+from navit_jax import data, experiment, judges, sharding, text_embedder
 from navit_jax.batch import PackedBatch
 from navit_jax.data.plan import Plan
 from navit_jax.data.quality import SHRUNK, Named
+from navit_jax.data.records import Source
 from navit_jax.errors import ConfigError, DataError
-from navit_jax.metrics import Mean, interval_by_group
+from navit_jax.judges import Asked, Judge, Metrics, Texts
 from navit_jax.tasks import Task
 
 Params = Mapping[str, Any]
 
 
 class Evaluator:
-    """The eval sets of a config, each with its plan."""
+    """The eval sets of a config, each with its judge, and its plan by resolution.
+
+    Attributes:
+      judges: By set.
+      streams: By `<set>_<resolution>`.
+      set_of: The set of each stream.
+    """
 
     def __init__(
         self,
@@ -38,28 +45,40 @@ class Evaluator:
         """Opens the sources of `config.evals` and plans every (set, resolution).
 
         Args:
-          class_names: Of training; the sets must have the same ones.
+          class_names: Of training; sets that are judged by the task's own metrics must
+            have the same ones.
 
         Raises:
-          ConfigError: a set has other classes, or as `data.open_stream`.
+          ConfigError: a set has other classes, or asks for texts of a task that knows
+            none, or as `data.open_stream`.
         """
-        self.mesh = mesh
-        self.streams = {
-            f"{name}_{label}": stream
-            for name, section in config.get("evals", {}).items()
-            for label, stream in experiment.build_eval_streams(config, section, name)
-        }
-        for stream in self.streams.values():
-            for source in stream.loader.sources:
-                data.check_classes(source, class_names)
+        self.mesh, self._config = mesh, config
+        self.judges: dict[str, Judge] = {}
+        self.streams: dict[str, data.Stream] = {}
+        self.set_of: dict[str, str] = {}
+        shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+        for name, section in config.get("evals", {}).items():
+            self.judges[name] = judges.build(section, f"evals.{name}")
+            for label, stream in experiment.build_eval_streams(
+                config, section, name, shards
+            ):
+                self.streams[f"{name}_{label}"] = stream
+                self.set_of[f"{name}_{label}"] = name
+                if isinstance(self.judges[name], Metrics):
+                    data.check_classes(stream.loader.sources[0], class_names)
+        self._embedder = None
+        if any(not isinstance(judge, Metrics) for judge in self.judges.values()):
+            self._embedder = text_embedder.open_embedder(config, task, mesh)
+        self._asked: dict[str, Asked] = {}
         self._shrunk, self._compiled = Named(SHRUNK), set()
         self._judge = jax.jit(
-            lambda params, batch: (
-                task.metrics(params, batch),
-                batch.image_ids,
+            lambda params, batch, compute: (
+                compute(task, params, batch),
+                batch.image_ids[..., 1],
                 batch.image_mask,
                 (batch.segment_ids > 0).sum(),
             ),
+            static_argnums=2,
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
@@ -87,9 +106,9 @@ class Evaluator:
         Raises:
           DataError: a set has no picture that can be used.
         """
-        values = {}
+        values, texts = {}, self._embed_texts(params)
         for name, stream in self.streams.items():
-            judged = self._run_one(params, stream, stop)
+            judged = self._run_one(params, stream, stop, self.set_of[name], texts)
             if not judged:
                 return {}
             if not judged["images"]:
@@ -101,32 +120,53 @@ class Evaluator:
                 values[f"eval/{name}/{metric}"] = value
         return values
 
+    def _embed_texts(self, params: Params) -> dict[str, Texts]:
+        """What the texts of each set that asks for some are, at all its resolutions."""
+        sources = {}
+        for name, stream in self.streams.items():
+            sources.setdefault(self.set_of[name], stream.loader.sources[0])
+        found = {}
+        for name, source in sources.items():
+            if name not in self._asked:
+                self._asked[name] = self.judges[name].read(source, self._training)
+            if self._embedder and self._asked[name].texts:
+                vectors = self._embedder.embed(params, self._asked[name].texts)
+                found[name] = Texts(*vectors)
+        return found
+
+    def _training(self) -> Sequence[Source]:
+        return data.open_sources(self._config["data"]["sources"])[0]
+
     def _run_one(
-        self, params: Params, stream: data.Stream, stop: Callable[[], bool]
+        self,
+        params: Params,
+        stream: data.Stream,
+        stop: Callable[[], bool],
+        name: str,
+        texts: Mapping[str, Texts],
     ) -> dict[str, float]:
-        terms: list[dict[str, Mean]] = []
-        ids: list[np.ndarray] = []
+        judge, found, index = self.judges[name], [], []
         num_images = num_tokens = shrunk = 0
         seconds: list[float] = []
         rows = sharding.local_rows(self.mesh, stream.plan.rows)
         for host, info in stream.batches(rows):
             if stop():
                 return {}
-            judged, taken = self._time(params, host)
-            if host.segment_ids.shape not in self._compiled:
-                # The first call of a shape compiles it: timed again.
-                self._compiled.add(host.segment_ids.shape)
-                taken = self._time(params, host)[1]
+            judged, taken = self._time(params, host, judge)
+            # The first call of a shape compiles it: timed again.
+            if (shape := (judge.compute, host.segment_ids.shape)) not in self._compiled:
+                self._compiled.add(shape)
+                taken = self._time(params, host, judge)[1]
             seconds.append(taken)
-            batch_terms, image_ids, image_mask, tokens = judged
-            terms.append(batch_terms)
+            computed, images, image_mask, tokens = judged
+            found.append(computed)
+            index.append(np.where(image_mask, images.astype(np.int64), -1))
             num_images += int(image_mask.sum())
             num_tokens += int(tokens)
             shrunk += len(info.shrunk)
             self._shrunk.note(info.shrunk)
-            ids.append(image_ids[..., 1].astype(np.int64))
-            for name, reason in info.skipped:
-                logging.warning("%s can not be used: %s", name, reason)
+            for key, reason in info.skipped:
+                logging.warning("%s can not be used: %s", key, reason)
         values = {
             "images": float(num_images),
             "tokens_per_image": num_tokens / max(num_images, 1),
@@ -134,29 +174,23 @@ class Evaluator:
             "shrunk": float(shrunk),
             "seconds_per_image": sum(seconds) / max(num_images, 1),
         }
-        groups = getattr(stream.loader.sources[0], "groups", None)
-        flat = {name: _flatten(terms, name) for name in (terms[0] if terms else ())}
-        for name, (total, weight) in flat.items():
-            values[name] = Mean(total=total.sum(), weight=weight.sum()).result()
-            index = np.concatenate([batch.ravel() for batch in ids])
-            if groups is not None and index.shape == weight.shape:
-                here = weight > 0
-                values[f"{name}_low"], values[f"{name}_high"] = interval_by_group(
-                    total[here], weight[here], groups[index[here]]
-                )
-        if "confidence" in flat and flat["confidence"][1].any():
-            here = flat["confidence"][1] > 0
-            confidence, right = (flat[k][0][here] for k in ("confidence", "accuracy"))
-            error = calibration.calibration_error(confidence, right)
-            values["calibration_error"] = error
-            values["calibrated_error"] = calibration.calibrated_error(confidence)
-        return values
+        if not num_images:
+            return values
+        return values | judge.conclude(
+            self._asked[name],
+            texts.get(name),
+            jax.tree.map(lambda *parts: np.concatenate(parts), *map(_flatten, found)),
+            np.concatenate(index).ravel(),
+            stream.loader.sources[0],
+        )
 
-    def _time(self, params: Params, host: PackedBatch) -> tuple[Any, float]:
+    def _time(
+        self, params: Params, host: PackedBatch, judge: Judge
+    ) -> tuple[Any, float]:
         """What a batch is judged as, and the seconds it took on the devices."""
         batch = jax.block_until_ready(sharding.place(host, self.mesh))
         begun = time.perf_counter()
-        judged = jax.device_get(self._judge(params, batch))
+        judged = jax.device_get(self._judge(params, batch, judge.compute))
         return judged, time.perf_counter() - begun
 
 
@@ -170,10 +204,6 @@ def upscaled(plan: Plan) -> float:
     return float((plan.upscale & (side > own * (1 + 1e-9)) & (own > 0)).mean())
 
 
-def _flatten(
-    terms: Sequence[Mapping[str, Mean]], name: str
-) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
-    """Totals and weights of one metric over all batches."""
-    totals = [np.ravel(batch[name].total) for batch in terms]
-    weights = [np.ravel(batch[name].weight) for batch in terms]
-    return np.concatenate(totals), np.concatenate(weights)
+def _flatten(found: Any) -> Any:
+    """[B N ...] to [B x N ...]: slots, or tokens, in one line."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)

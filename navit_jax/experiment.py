@@ -5,15 +5,15 @@ import fnmatch
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from navit_jax import checkpoint, data, initialise, models, optim, sharding
+from navit_jax import checkpoint, data, initialise, judges, models, optim, sharding
 from navit_jax import config as config_lib
-from navit_jax.data import crop, resolution, token_drop
+from navit_jax.data import crop, resolution, token_drop, tokenizer
+from navit_jax.data.given import lengthen, row_length
 from navit_jax.data.sources import SOURCES
 from navit_jax.errors import ConfigError
-from navit_jax.models import flops
 from navit_jax.models.positions import POSITIONS
 from navit_jax.schedules import SCHEDULES
 from navit_jax.tasks import TASKS, Task
@@ -54,6 +54,7 @@ READERS: dict[str, tuple[Sequence[Any], Sequence[str], Sequence[str]]] = {
     "data": ([data.open_stream], ["seed", "patch", "max_side", "training"], []),
     "data.crop": ([crop.LAWS], [], []),
     "data.resolution": ([resolution.LAWS], [], []),
+    "data.text": ([tokenizer.open_tokenizer], [], ["tokens"]),
     "data.token_drop": ([token_drop.LAWS], [], []),
     "data.token_drop.schedule": ([token_drop.Schedule], [], []),
     "*.sources.*": ([SOURCES], [], ["weight"]),
@@ -63,7 +64,8 @@ READERS: dict[str, tuple[Sequence[Any], Sequence[str], Sequence[str]]] = {
     "model.positions": ([POSITIONS], ["width"], []),
     "optim": ([optim.compose, optim.OPTIMIZERS], optim.GIVEN, []),
     "optim.schedule": ([SCHEDULES], ["peak", "steps"], []),
-    "task": ([TASKS], ["encoder", "num_classes"], []),
+    "task": ([TASKS], ["encoder", "num_classes", "vocab_size", "text_length"], []),
+    "task.text": ([models.TextTower], ["vocab_size", "length"], []),
     "train": ([TrainOptions], [], []),
 }
 
@@ -149,20 +151,24 @@ def build_task(config: Mapping[str, Any], num_classes: int) -> Task:
                 "of config.data.sources have none"
             )
         given["num_classes"] = num_classes
+    if factory and "vocab_size" in inspect.signature(factory).parameters:
+        _, opened = open_text(config)
+        given |= {"vocab_size": opened.vocab_size, "text_length": opened.length}
     return config_lib.build(section, TASKS, "task", **given)
 
 
-def flops_counter(config: Mapping[str, Any]) -> Callable[[float, float, float], float]:
-    """Training FLOPs by (tokens, sum of n_i^2 over images, images)."""
-    encoder = build_encoder(config)
-    patch = models.patch_size(config["model"]["size"])
+def open_text(config: Mapping[str, Any]) -> tuple[int, tokenizer.Tokenizer]:
+    """T and the tokenizer of section `data.text`.
 
-    def count(tokens: float, pairs: float, images: float) -> float:
-        return flops.TRAINING * flops.forward_flops(
-            tokens, pairs, images, encoder.spec, 3 * patch**2, encoder.pooling
+    Raises:
+      ConfigError: there is no such section, or as `data.open_text`.
+    """
+    if not config["data"].get("text"):
+        raise ConfigError(
+            f"config.task.name={config['task'].get('name')!r} needs texts: give "
+            "config.data.text, as {'tokens': 96}"
         )
-
-    return count
+    return data.open_text(config["data"]["text"])
 
 
 def build_stream(config: Mapping[str, Any]) -> data.Stream:
@@ -176,22 +182,26 @@ TRAINING_ONLY = (
 )  # fmt: skip
 # What an evaluation set takes from section `data` unless it says otherwise.
 SHARED = (
-    "rows", "tokens", "slots", "upscale", "square", "num_labels", "codec", "threads"
+    "rows", "tokens", "slots", "upscale", "square", "num_labels", "text", "codec",
+    "threads",
 )  # fmt: skip
 
 
 def build_eval_streams(
-    config: Mapping[str, Any], section: Mapping[str, Any], name: str
+    config: Mapping[str, Any], section: Mapping[str, Any], name: str, shards: int = 1
 ) -> Iterator[tuple[str, data.Stream]]:
     """(label, stream) for each of the resolutions at which a set of `evals` is judged.
 
     Rows and slots are those of training unless the set says otherwise. So are the
-    tokens of a row, doubled until the largest square image fits.
+    tokens of a row, doubled until the largest square image fits, or at native size the
+    longest image (`given.LONGEST` at most), with as many fewer rows.
 
     Args:
       section: `sources`; `sides`, in pixels or "native"; `budgets`, most patches an
-        image; and keys of section `data` to replace.
+        image; `name` and the keys of the judge of that name, see `judges.py`; and
+        keys of section `data` to replace.
       name: Of the set.
+      shards: Devices that split rows, which are rounded up to a multiple of them.
 
     Raises:
       ConfigError: no size is given, or one that is none; a key that nothing reads, or
@@ -206,16 +216,30 @@ def build_eval_streams(
             )
     patch = models.patch_size(config["model"]["size"])
     laws = dict(_laws(section, where, patch))
-    own = {k: v for k, v in section.items() if k not in ("sides", "budgets")}
+    judge, settings = judges.choose(section, where)
+    own = {k: v for k, v in section.items() if k not in ("sides", "budgets", "name")}
     base = {key: config["data"][key] for key in SHARED if key in config["data"]}
     given = (*TRAINING_ONLY, "seed", "patch", "max_side", "training")
-    config_lib.check({**base, **own}, [data.open_stream], where, given)
+    # Retrieval and its like read texts and labels by themselves, not beside the images.
+    aside = section.get("name", "metrics") != "metrics"
+    if aside:
+        given = (*given, "text", "num_labels")
+        base = {k: v for k, v in base.items() if k not in given}
+    config_lib.check({**base, **own}, [data.open_stream, judge], where, given)
+    own = {k: v for k, v in own.items() if k not in settings}
     for label, law in laws.items():
         arguments = {**base, **own, "resolution": law}
-        largest = law.get("tokens", int((law.get("side", 0) / patch) ** 2))
-        while "tokens" not in own and arguments["tokens"] < largest:
-            arguments["tokens"] *= 2
-        yield label, _open(config, arguments, where, training=False)
+        if aside:
+            arguments["num_labels"] = 0
+        arguments["rows"] = -(-arguments["rows"] // shards) * shards
+        may_grow = "tokens" not in own
+        if may_grow:
+            largest = law.get("tokens", int((law.get("side", 0) / patch) ** 2))
+            arguments["tokens"] = row_length(arguments["tokens"], largest)
+        stream = _open(config, arguments, where, training=False)
+        if may_grow and law["name"] == "native":
+            stream = lengthen(stream, shards)
+        yield label, stream
 
 
 def _laws(

@@ -99,7 +99,7 @@ def check_isolation(
     if gradients:
         _check_gradients(apply, batch, images, owners, seed)
     count = len(images)
-    return Report(count, len(changes), count if gradients else 0, difference)
+    return Report(count, len(changes), count * gradients, difference)
 
 
 def find_nonfinite(apply: Apply, batch: PackedBatch) -> np.ndarray:
@@ -132,7 +132,7 @@ def alone(
 ) -> Iterator[tuple[PackedBatch, list[tuple[int, int]]]]:
     """Repacks images alone: each in slot 0, at the start of a row, in the same shapes.
 
-    Targets [B N ...] and [B L ...] go with their image; other targets stay.
+    Targets [B N ...] and [B L ...], and texts, go with their image; others stay.
 
     Args:
       batch: On the host.
@@ -148,20 +148,17 @@ def alone(
 
         def repack(path: Any, leaf: Any, members=members) -> Any:
             by_slot = _is_by_slot(path, leaf, batch)
-            if not by_slot and leaf.shape[:2] != batch.segment_ids.shape:
+            texts = batch.targets.get("text_segment_ids", batch.segment_ids)
+            segments = texts if _is_text(path) else batch.segment_ids
+            if not by_slot and leaf.shape[:2] != segments.shape:
                 return leaf
             result = np.zeros_like(leaf)
             for new, (row, slot) in enumerate(members):
-                if by_slot:
-                    result[new, 0] = leaf[row, slot]
-                else:
-                    own = leaf[row, batch.segment_ids[row] == slot + 1]
-                    result[new, : len(own)] = own
-            return result
+                own = leaf[row, [slot] if by_slot else segments[row] == slot + 1]
+                result[new, : len(own)] = own
+            return np.minimum(result, 1) if leaf is segments else result
 
-        single = jax.tree_util.tree_map_with_path(repack, batch)
-        first = (single.segment_ids > 0).astype(single.segment_ids.dtype)
-        yield _replace(single, segment_ids=first), members
+        yield jax.tree_util.tree_map_with_path(repack, batch), members
 
 
 def _replace(batch: Any, **leaves: Any) -> PackedBatch:
@@ -171,7 +168,11 @@ def _replace(batch: Any, **leaves: Any) -> PackedBatch:
 def _is_by_slot(path: Any, leaf: Any, batch: PackedBatch) -> bool:
     """Whether a leaf of the batch is [B N ...]; by name, as N may equal L."""
     by_token = path[0].name in ("patches", "coords", "segment_ids")
-    return not by_token and leaf.shape[:2] == batch.image_mask.shape
+    return not (by_token or _is_text(path)) and leaf.shape[:2] == batch.image_mask.shape
+
+
+def _is_text(path: Any) -> bool:
+    return path[0].name == "targets" and path[-1].key.startswith("text_")
 
 
 def _tell_apart(batch: PackedBatch) -> PackedBatch:

@@ -70,14 +70,15 @@ def compose(
       decay: (pattern, decay multiplier) pairs; 0 for parameters without a match.
       lr_multipliers: (pattern, multiplier) pairs; 1 for parameters without a match.
       freeze: (pattern, whether it is frozen) pairs; not frozen without a match. Frozen
-        parameters stay equal to the bit, have no optimizer state, and do not count
-        in the norm that is clipped.
+        parameters stay equal to the bit, have no optimizer state, count in no norm,
+        and no backward pass leads to them (`stop_frozen`): a locked image tower
+        (LiT) is (("encoder/.*", True),) and goes forward only.
       clip: The largest global norm of the gradient; 0 switches clipping off.
     """
     names = list(paths.flatten(params))
     decays = paths.pick(decay, names, 0.0, "optim.decay")
     factors = paths.pick(lr_multipliers, names, 1.0, "optim.lr_multipliers")
-    frozen = paths.pick(freeze, names, False, "optim.freeze")
+    frozen = find_frozen(freeze, params)
     rate = config.build(
         schedule, SCHEDULES, "optim.schedule", peak=float(lr), steps=steps
     )
@@ -103,6 +104,20 @@ def compose(
         lambda path, _: "frozen" if frozen[paths.name(path)] else "trained", params
     )
     return optax.partition({"trained": trained, "frozen": still}, labels), rate
+
+
+def find_frozen(freeze: Sequence[Any], params: Any) -> dict[str, bool]:
+    """Whether each parameter, by path, is frozen; `freeze` as of `compose`."""
+    return paths.pick(freeze, paths.flatten(params), False, "optim.freeze")
+
+
+def stop_frozen(freeze: Sequence[Any], params: Any) -> Any:
+    """The parameters; a gradient with respect to frozen ones is 0, at no cost."""
+    frozen = find_frozen(freeze, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: jax.lax.stop_gradient(p) if frozen[paths.name(path)] else p,
+        params,
+    )
 
 
 def _each(

@@ -9,16 +9,17 @@ import csv
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tqdm
 from absl import flags
 from etils import epath
 
-from navit_jax import command_line
+from navit_jax import command_line, run_folder
 from navit_jax.data.bad_image import BadImage
 from navit_jax.data.folders import folder
+from navit_jax.dial import choose_law
 from navit_jax.errors import ConfigError
 from navit_jax.predictor import Result, load
 
@@ -42,6 +43,21 @@ def header(top: int) -> list[str]:
     return [*columns, *(name for pair in names for name in pair)]
 
 
+def open_table(path: epath.Path, columns: Sequence[str]) -> IO[str]:
+    """A new file with its first line, which a full disk does not take either.
+
+    Raises:
+      ConfigError: it can not be written.
+    """
+    try:
+        file = path.open("w")
+        csv.writer(file).writerow(columns)
+        file.flush()
+    except OSError as error:
+        raise ConfigError(f"--output={path} can not be written: {error}") from error
+    return file
+
+
 def define_main() -> Callable[[], int]:
     """Defines the flags, and returns what reads them and predicts."""
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
@@ -63,19 +79,17 @@ def define_main() -> Callable[[], int]:
                 "exists"
             )
         source = folder(images.value, labels=False)
-        predictor = load(workdir.value, step())
-        if not predictor.class_names:
+        config = run_folder.read_config(epath.Path(workdir.value))
+        class_names = run_folder.read_class_names(epath.Path(workdir.value))
+        if not class_names:
             raise ConfigError(f"--workdir={workdir.value}: that run has no classes")
-        count = min(top.value, len(predictor.class_names))
+        count = min(top.value, len(class_names))
         asked = command_line.parse_side(side.value) if side.value else None
-        law = predictor.law(asked, tokens.value)
-        bad = 0
-        with (
-            path.open("w") as file,
-            tqdm.tqdm(total=len(source), unit="img", desc="predict") as bar,
-        ):
+        law, which, bad = choose_law(config, asked, tokens.value), step(), 0
+        with open_table(path, header(count)) as file:
+            predictor = load(workdir.value, which)
+            bar = tqdm.tqdm(total=len(source), unit="img", desc="predict")
             writer = csv.writer(file)
-            writer.writerow(header(count))
             for start in range(0, len(source), CHUNK):
                 names = source.files[start : start + CHUNK]
                 files = [pathlib.Path(source.folder, name) for name in names]
@@ -83,13 +97,14 @@ def define_main() -> Callable[[], int]:
                 for found in predictor.results(
                     "probabilities", files, law, upscale.value
                 ):
-                    lines[found.place] = line(found, predictor.class_names, count)
+                    lines[found.place] = line(found, class_names, count)
                     bar.update()
                 for name, columns in zip(names, lines, strict=True):
                     # A name need not be UTF-8.
                     text = os.fsencode(name).decode("utf-8", "backslashreplace")
                     writer.writerow([text, *columns])
                     bad += bool(columns[2])
+            bar.close()
         print(f"{len(source)} pictures in {output.value}, {bad} could not be used")
         return 0
 

@@ -1,48 +1,43 @@
 """A trained model for whoever has pictures: `navit_jax.load(workdir)`.
 
-M pictures, C classes, D width.
+M pictures, K texts, C classes, D width, E width that pictures and texts share.
 """
 
 import dataclasses
 import functools
-import numbers
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from absl.logging import WARNING
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
-from navit_jax import checkpoint, data, experiment, models, run_folder, sharding
-from navit_jax import config as config_lib
-from navit_jax.batch import BatchInfo, PackedBatch
+from navit_jax import (
+    checkpoint,
+    data,
+    experiment,
+    models,
+    run_folder,
+    sharding,
+    text_embedder,
+    zero_shot,
+)
+from navit_jax.batch import PackedBatch
 from navit_jax.data import resolution
 from navit_jax.data.bad_image import BadImage
 from navit_jax.data.given import Given, check_pictures, plan_pictures
+from navit_jax.data.quality import SHRUNK, Named
 from navit_jax.data.records import Source
+from navit_jax.dial import Side, choose_law
 from navit_jax.errors import ConfigError
+from navit_jax.results import Result, describe, list_results, stack
 from navit_jax.tasks import Task
 
 # Each a path, the bytes of a file, a Pillow image, or a uint8 array; or a source.
 Pictures = Sequence[Any] | np.ndarray | Source
-Side = float | int | str | None
-
-
-class Result(NamedTuple):
-    """What became of one picture.
-
-    Attributes:
-      place: Where it stands among the given ones.
-      grid: (rows, columns) of its patches; (0, 0) of one that can not be used.
-      value: The output, or the BadImage that says why there is none.
-    """
-
-    place: int
-    grid: tuple[int, int]
-    value: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +46,14 @@ class Predictor:
 
     Pictures are scaled in their own aspect, packed several to a row, and come back in
     the order they were given. What is packed beside a picture changes its numbers by
-    rounding alone (below 1e-5 of the largest in float32).
+    rounding alone: below 1e-5 of the largest in float32, 1e-2 in bfloat16.
 
     The dial between cost and quality is `side`, in pixels, of the square with the
     picture's area ("native": its own), or `tokens`, the most patches of a picture;
     without either it is the largest side of training. `upscale=False` keeps smaller
-    pictures as they are, `True` enlarges them; None is as in training.
+    pictures as they are, `True` enlarges them; None is as in training. What is longer
+    than the model's positions reach, or than `given.LONGEST` patches, is seen smaller;
+    the log names such pictures.
 
     Attributes:
       config: The run's.
@@ -89,7 +86,7 @@ class Predictor:
             not reach, or the run's task knows no classes.
         """
         found = self._all("probabilities", images, side, tokens, upscale)
-        return _stack(found, len(self.class_names))
+        return stack(found, len(self.class_names))
 
     def embed(
         self,
@@ -98,10 +95,68 @@ class Predictor:
         side: Side = None,
         tokens: float | int | None = None,
         upscale: bool | None = None,
-    ) -> Float32[np.ndarray, "M D"]:
-        """The pooled vector of each picture, before the head; raises as `predict`."""
+    ) -> Float32[np.ndarray, "M width"]:
+        """A vector of each picture; raises as `predict`.
+
+        Of a run with texts that in the shared space, of E and of length 1, which can be
+        compared with those of `embed_text`; of others the pooled one, of D, before the
+        head.
+        """
+        if hasattr(self.task, "embed_text"):
+            found = self._all("image", images, side, tokens, upscale)
+            return stack(found, self._embedder.task.width)
         found = self._all("pooled", images, side, tokens, upscale)
-        return _stack(found, self._encoder.spec.width)
+        return stack(found, self._encoder.spec.width)
+
+    def embed_text(self, texts: Sequence[str]) -> Float32[np.ndarray, "K E"]:
+        """The vector of each text in the space of `embed`, of length 1.
+
+        Raises:
+          ConfigError: the run has no text tower.
+          ValueError: `texts` is no list of texts, or the run's tokenizer leaves one of
+            them out, as it says nothing.
+        """
+        return self._embedder.embed_all(self.params, texts)
+
+    def similarity(
+        self,
+        images: Pictures,
+        texts: Sequence[str],
+        *,
+        side: Side = None,
+        tokens: float | int | None = None,
+        upscale: bool | None = None,
+    ) -> Float32[np.ndarray, "M K"]:
+        """The cosine of each picture with each text; raises as `embed_text`."""
+        found = self.embed_text(texts)
+        dial = {"side": side, "tokens": tokens, "upscale": upscale}
+        return self.embed(images, **dial) @ found.T
+
+    def zero_shot(
+        self,
+        images: Pictures,
+        classes: Sequence[str],
+        templates: Sequence[str] = zero_shot.TEMPLATES,
+        *,
+        side: Side = None,
+        tokens: float | int | None = None,
+        upscale: bool | None = None,
+    ) -> Float32[np.ndarray, "M C"]:
+        """The probability of each class by what it is called, by picture.
+
+        A class is the mean of its name's embeddings in all templates. Of a run with the
+        softmax loss it is the softmax over these classes of scale x cosine, as in
+        training; with the sigmoid each class has its own, and they sum to anything.
+
+        Args:
+          templates: Texts with one {} for the name.
+
+        Raises:
+          ValueError: as `embed_text`.
+        """
+        dial = {"side": side, "tokens": tokens, "upscale": upscale}
+        vectors = self._embedder.embed_classes(self.params, classes, templates)
+        return self._embedder.compare(self.params, self.embed(images, **dial), vectors)
 
     def tokens(
         self,
@@ -139,13 +194,14 @@ class Predictor:
             raise ConfigError(f"upscale={upscale!r}: give True, False or None")
         if not len(images):
             return
-        stream = self._stream(images, law, upscale)
+        stream, shrunk = self._stream(images, law, upscale), Named(SHRUNK, WARNING)
         for host, info in stream.batches(np.arange(stream.plan.rows)):
             # Not around the yield: whoever asks would go on under this mesh.
             with jax.set_mesh(self.mesh):
                 batch = sharding.place(host, self.mesh)
                 values = jax.device_get(self._output(self.params, batch, name))
-            yield from _results(host, info, values, name == "tokens")
+            shrunk.note(info.shrunk)
+            yield from list_results(host, info, values, name == "tokens")
 
     def _all(self, name: str, images: Pictures, *dial: Any) -> list[Any]:
         side, tokens, upscale = dial
@@ -153,7 +209,7 @@ class Predictor:
         for result in self.results(name, images, self.law(side, tokens), upscale):
             if isinstance(result.value, BadImage):
                 raise ValueError(
-                    f"images[{result.place}] ({_describe(images[result.place])}) can "
+                    f"images[{result.place}] ({describe(images[result.place])}) can "
                     f"not be used: {result.value}"
                 )
             found[result.place] = result.value
@@ -169,7 +225,7 @@ class Predictor:
                     f"the task {task!r} of this run gives no {name!r}; it gives "
                     f"{', '.join(sorted(outputs))}"
                 )
-            return outputs[name]
+            return outputs[name].astype("float32")
 
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(output, static_argnums=2, out_shardings=everywhere)
@@ -177,38 +233,12 @@ class Predictor:
     def law(
         self, side: Side = None, tokens: float | int | None = None
     ) -> resolution.Law:
-        """The resolution that a dial stands for.
+        """The resolution that a dial stands for; raises as `choose_law`."""
+        return choose_law(self.config, side, tokens)
 
-        Raises:
-          ConfigError: both are given, or the model's positions do not reach so far.
-        """
-        patch = models.patch_size(self.config["model"]["size"])
-        if side is not None and tokens is not None:
-            raise ConfigError(f"side={side} and tokens={tokens}: give one of them")
-        if side is None and tokens is None:
-            section = self.config["data"]["resolution"]
-            law = config_lib.build(section, resolution.LAWS, "data.resolution")
-            return law if law.largest is None else resolution.Fixed(law.largest)
-        asked: resolution.Law
-        if side == "native":
-            return resolution.Native()
-        # True is a number to Python, of 1 pixel or token.
-        if side is not None:
-            if isinstance(side, str | bool) or not isinstance(side, numbers.Real):
-                raise ConfigError(f"side={side!r}: give pixels, or 'native'")
-            asked, given = resolution.Fixed(side), f"side={side}"
-        else:
-            if isinstance(tokens, bool) or not isinstance(tokens, numbers.Integral):
-                raise ConfigError(f"tokens={tokens!r}: give a whole number")
-            asked, given = resolution.Budget(int(tokens), patch), f"tokens={tokens}"
-        longest = self._encoder.max_side
-        if (asked.largest or 0) >= (longest + 1) * patch:
-            raise ConfigError(
-                f"{given}: the positions of this model reach {longest} patches of "
-                f"{patch} pixels, so at most side={longest * patch} or "
-                f"tokens={longest**2}"
-            )
-        return asked
+    @functools.cached_property
+    def _embedder(self) -> text_embedder.TextEmbedder:
+        return text_embedder.open_embedder(self.config, self.task, self.mesh)
 
     @functools.cached_property
     def _encoder(self) -> models.NaViT:
@@ -227,7 +257,7 @@ class Predictor:
             max_side=self._encoder.max_side,
             upscale=section.get("upscale", True) if upscale is None else upscale,
             square=section.get("square", False),
-            num_labels=max(1, len(self.class_names)),
+            num_labels=0,
             codec=section.get("codec", "auto"),
             devices=self.mesh.size,
         )
@@ -243,10 +273,18 @@ def load(workdir: epath.PathLike, step: int | str | None = None) -> Predictor:
       ConfigError: the folder holds no run.
       CheckpointError: it has no such checkpoint.
     """
+    return restore(workdir, step, sharding.make_mesh(devices=jax.local_devices()))
+
+
+def restore(workdir: epath.PathLike, step: int | str | None, mesh: Mesh) -> Predictor:
+    """As `load` on a mesh, which need not be the one that the run trained on.
+
+    Of several processes only what judges batches can use one over all their devices.
+    """
     workdir = epath.Path(workdir).absolute()
     config = run_folder.read_config(workdir)
+    config = run_folder.use_own_vocabulary(workdir, config)
     class_names = run_folder.read_class_names(workdir)
-    mesh = sharding.make_mesh(devices=jax.local_devices())
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         restored = checkpoint.restore_params(
@@ -257,32 +295,3 @@ def load(workdir: epath.PathLike, step: int | str | None = None) -> Predictor:
         )
     task = experiment.build_task(config, len(class_names))
     return Predictor(config, class_names, task, restored.state, restored.step, mesh)
-
-
-def _results(
-    host: PackedBatch, info: BatchInfo, values: np.ndarray, by_token: bool
-) -> Iterator[Result]:
-    reasons = dict(info.skipped)
-    for row, names in enumerate(info.keys):
-        for slot, name in enumerate(names):
-            index = int(host.image_ids[row, slot, 1])
-            rows, columns = grid = tuple(host.grids[row, slot].tolist())
-            if not host.image_mask[row, slot]:
-                yield Result(index, grid, BadImage(reasons[name]))
-            elif by_token:
-                own = values[row, host.segment_ids[row] == slot + 1]
-                yield Result(index, grid, own.reshape(rows, columns, -1))
-            else:
-                yield Result(index, grid, values[row, slot])
-
-
-def _describe(picture: Any) -> str:
-    return (
-        str(picture)
-        if isinstance(picture, str | os.PathLike)
-        else type(picture).__name__
-    )
-
-
-def _stack(found: list[Any], width: int) -> np.ndarray:
-    return np.stack(found) if found else np.zeros((0, width), np.float32)

@@ -31,7 +31,7 @@ class Progress:
         report_every: int,
         rows: int,
         num_tokens: int,
-        flops: Callable[[float, float, float], float],
+        flops: Callable[[Mapping[str, float | int]], float],
         peak_flops: float,
         state: Mapping[str, Any] | None = None,
     ):
@@ -40,7 +40,7 @@ class Progress:
         Args:
           rows: Rows of the global batch.
           num_tokens: Tokens of a row.
-          flops: Training FLOPs of (tokens, sum of n_i^2, images).
+          flops: Of training, by the counts of `train_state.batch_counts`.
           peak_flops: FLOP/s of all devices together; a NaN if not known: no MFU then.
           state: What `state()` gave.
         """
@@ -111,6 +111,7 @@ class Progress:
             "train/learning_rate": float(metrics["learning_rate"]),
             "train/nonfinite_steps": int(metrics["nonfinite"]),
             "pack/padding": 1 - sums["tokens"] / (rows * self.num_tokens),
+            **_text_padding(sums),
             "pack/images_per_row": sums["images"] / rows,
             "data/images_seen": place.images_seen,
             **self._of_the_run(),
@@ -128,18 +129,24 @@ class Progress:
         }
 
     def _throughput(self, seconds: float, sums: Sums) -> dict[str, float]:
-        images, real = float(sums["images"]), float(sums["tokens"])
-        useful = self.flops(real, float(sums["attention_pairs"]), images)
-        tokens = float(sums["steps"] * self.rows * self.num_tokens)
-        padded = self.flops(tokens, tokens * self.num_tokens, images)
+        rows = float(sums["steps"] * self.rows)
+        tokens, text_tokens = rows * self.num_tokens, float(sums["text_room"])
+        # Full rows: every token a real one, and all of a row in one image or text.
+        padded = {
+            **sums,
+            "tokens": tokens,
+            "attention_pairs": tokens * tokens / rows,
+            "text_tokens": text_tokens,
+            "text_attention_pairs": text_tokens * text_tokens / rows,
+        }
         utilisation = {
-            "throughput/mfu": useful / seconds / self.peak,
-            "throughput/mfu_padded": padded / seconds / self.peak,
+            "throughput/mfu": self.flops(sums) / seconds / self.peak,
+            "throughput/mfu_padded": self.flops(padded) / seconds / self.peak,
         }
         return {
             "throughput/step_seconds": seconds / sums["steps"],
-            "throughput/images_per_second": images / seconds,
-            "throughput/tokens_per_second": real / seconds,
+            "throughput/images_per_second": sums["images"] / seconds,
+            "throughput/tokens_per_second": sums["tokens"] / seconds,
             **({} if math.isnan(self.peak) else utilisation),
         }
 
@@ -149,7 +156,7 @@ class Progress:
         shown = "  ".join(
             f"{name[5:]} {value:.4g}"
             for name, value in values.items()
-            if name.endswith(("/accuracy", "/loss"))
+            if name.endswith(("/accuracy", "/loss", "_r1"))
         )
         logging.info("step %d evaluated in %.1f s: %s", step, seconds, shown)
         self.writer.write(step, values)
@@ -157,3 +164,10 @@ class Progress:
     def close(self) -> None:
         """Closes the files."""
         self.writer.close()
+
+
+def _text_padding(sums: Sums) -> dict[str, float]:
+    """Empty where batches have no text."""
+    if not (room := sums["text_room"]):
+        return {}
+    return {"pack/text_padding": 1 - sums["text_tokens"] / room}

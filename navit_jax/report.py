@@ -1,46 +1,32 @@
 """Writes the page of one run or several: `python -m navit_jax.report RUN...`.
 
 One self-contained HTML file: what differs, how they learned, accuracy over resolution,
-padding, packed rows, predictions on real pictures, environment, commands. Text that
-comes from data or configs is escaped.
+padding, packed rows, predictions on real pictures, or for captions the pictures found
+and back, environment, commands.
 """
 
-import base64
-import html
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from navit_jax import (
     charts,
     command_line,
     experiment,
+    gallery,
+    page,
+    pictures,
     plan,
+    predictor,
     reporting,
     run_folder,
     samples,
 )
 from navit_jax import config as config_lib
 from navit_jax.errors import ConfigError
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
-td, th { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align: left;
-         vertical-align: top; font-variant-numeric: tabular-nums; }
-img, svg { max-width: 100%; height: auto; }
-code, pre { font-size: 12.5px; background: #f6f6f6; }
-pre { padding: .6rem; overflow-x: auto; } .note { color: #666; }
-.samples { display: flex; flex-wrap: wrap; gap: .7rem; }
-figure { margin: 0; font-size: 12px; border-top: 3px solid #bbb; padding-top: 3px; }
-figure img { height: 88px; display: block; } figcaption { max-width: 9rem; }
-figure.right { border-color: #54a24b; } figure.wrong { border-color: #e45756; }
-"""
 
 
 class RunOnDisk:
@@ -100,37 +86,28 @@ def write_report(
         named = " ".join(map(str, workdirs))
         raise ConfigError(f"{named}: a run is named twice; name each once")
     runs = [RunOnDisk(workdir) for workdir in workdirs]
-    try:
-        output.open("a").close()
-    except OSError as error:
-        raise ConfigError(
-            f"--output={output} can not be written: {error}; name a file in a folder "
-            "that exists"
-        ) from error
+    page.write(output, lambda: _compose(runs, num_samples))
+
+
+def _compose(runs: Sequence[RunOnDisk], num_samples: int) -> str:
     records = _named(runs, [run.records for run in runs])
-    title = ", ".join(records)
-    body = [
-        f"<h1>{_text(title)}</h1>",
+    parts = [
         _summary(runs),
-        _section("What differs", _differences(runs)),
-        _section("Learning", charts.draw_curves(records)),
-        _section("Accuracy over resolution", _resolutions(runs)),
+        page.section("What differs", _differences(runs)),
+        page.section("Learning", charts.draw_curves(records)),
+        page.section("Accuracy over resolution", _resolutions(runs)),
     ]
     for name, run in _named(runs, runs).items():
+        sections = {
+            "Packed rows": _rows(run),
+            **_samples(run, num_samples),
+            "Commands": _commands(run),
+            "Config": page.fold(page.table(_flat(run.config))),
+            "Environment": page.fold(page.table(_flat(run.environment))),
+        }
         of = f" of {name}" if len(runs) > 1 else ""
-        body += [
-            _section(f"Packed rows{of}", _rows(run)),
-            _section(f"Predictions{of}", _samples(run, num_samples)),
-            _section(f"Commands{of}", _commands(run)),
-            _section(f"Config{of}", _folded(_table(_flat(run.config)))),
-            _section(f"Environment{of}", _folded(_table(_flat(run.environment)))),
-        ]
-    output.write_text(
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>"
-    )
+        parts += [page.section(f"{k}{of}", content) for k, content in sections.items()]
+    return page.build(", ".join(records), parts)
 
 
 def _named(runs: Sequence[RunOnDisk], values: Sequence[Any]) -> dict[str, Any]:
@@ -141,34 +118,16 @@ def _named(runs: Sequence[RunOnDisk], values: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(labels, values, strict=True))
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<h2>{_text(title)}</h2>{content}" if content else ""
-
-
-def _table(rows: Iterable[Sequence[Any]], header: Sequence[Any] = ()) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    lines = [f"<tr>{head}</tr>"] if header else []
-    for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _folded(content: str) -> str:
-    return f"<details><summary>show</summary>{content}</details>"
-
-
 def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     return config_lib.flatten(values).items()
 
 
 def _summary(runs: Sequence[RunOnDisk]) -> str:
-    accuracies = sorted({
+    if not any(run.records for run in runs):
+        return page.note("No step was reported yet.")
+    right = sorted({
         name for run in runs for name in run.last
-        if name.startswith("eval/") and name.endswith("/accuracy")
+        if name.startswith("eval/") and name.endswith(("/accuracy", "_r1", "_r5"))
     })  # fmt: skip
     lines = [
         ("step", [f"{r.last.get('step', 0)} of {r.config['steps']}" for r in runs]),
@@ -176,22 +135,14 @@ def _summary(runs: Sequence[RunOnDisk]) -> str:
         *(
             (label, [shape(run.last.get(name)) for run in runs])
             for label, name, shape in (
-                ("images seen", "data/images_seen", _count),
-                ("tokens seen", "data/tokens_seen", _count),
-                ("loss of the last interval", "train/loss", _number),
-                ("padding of the last interval", "pack/padding", _share),
-                ("images a row", "pack/images_per_row", _number),
-                ("images/s", "throughput/images_per_second", _number),
-                ("images that could not be used", "data/skipped", _count),
-                ("steps skipped as not finite", "train/nonfinite_steps", _count),
+                *LINES,
+                *((name, name, _number) for name in right),
             )
+            if name != "pack/text_padding" or any(name in run.last for run in runs)
         ),
-        *((name, [_number(r.last.get(name)) for r in runs]) for name in accuracies),
     ]
-    if not any(run.records for run in runs):
-        return "<p class='note'>No step was reported yet.</p>"
     header = ["", *_named(runs, runs)] if len(runs) > 1 else []
-    return _table([[label, *cells] for label, cells in lines], header)
+    return page.table([[label, *cells] for label, cells in lines], header)
 
 
 def _count(value: Any) -> str:
@@ -206,6 +157,19 @@ def _share(value: Any) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
+LINES = (
+    ("images seen", "data/images_seen", _count),
+    ("tokens seen", "data/tokens_seen", _count),
+    ("loss of the last interval", "train/loss", _number),
+    ("padding of the last interval", "pack/padding", _share),
+    ("padding of its texts", "pack/text_padding", _share),
+    ("images a row", "pack/images_per_row", _number),
+    ("images/s", "throughput/images_per_second", _number),
+    ("images that could not be used", "data/skipped", _count),
+    ("steps skipped as not finite", "train/nonfinite_steps", _count),
+)
+
+
 def _differences(runs: Sequence[RunOnDisk]) -> str:
     if len(runs) < 2:
         return ""
@@ -214,8 +178,8 @@ def _differences(runs: Sequence[RunOnDisk]) -> str:
     rows = [[key, *(config.get(key, "unset") for config in flat)] for key in keys]
     rows = [row for row in rows if any(cell != row[1] for cell in row[2:])]
     if not rows:
-        return "<p class='note'>The configs are the same.</p>"
-    return _table(rows, ["config", *_named(runs, runs)])
+        return page.note("The configs are the same.")
+    return page.table(rows, ["config", *_named(runs, runs)])
 
 
 def _resolutions(runs: Sequence[RunOnDisk]) -> str:
@@ -229,63 +193,67 @@ def _resolutions(runs: Sequence[RunOnDisk]) -> str:
     ]
     if not rows:
         return ""
-    return drawing + _folded(_table(rows, ["", *judged] if len(runs) > 1 else []))
+    return drawing + page.fold(page.table(rows, ["", *judged] if len(runs) > 1 else []))
 
 
 def _rows(run: RunOnDisk) -> str:
-    path = run.workdir / "rows.png"
     try:
-        if not path.exists():
-            plan.draw_images(experiment.build_stream(run.config), path)
+        config = run_folder.use_own_vocabulary(run.workdir, run.config)
+        drawing = plan.draw_images(experiment.build_stream(config))
     except (ValueError, OSError) as error:
         logging.warning("no picture of the rows of %s: %s", run.name, error)
-        return f"<p class='note'>No picture: {_text(error)}</p>"
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f"<img alt='packed rows' src='data:image/png;base64,{data}'>"
+        return page.note(f"No picture: {error}")
+    return page.embed_image(pictures.encode(drawing, "png"), "png", "packed rows")
 
 
-def _samples(run: RunOnDisk, num: int) -> str:
+def _samples(run: RunOnDisk, num: int) -> dict[str, str]:
+    """What the model says of pictures of the eval sets, by title."""
+    evals = run.config.get("evals", {})
     if not num:
-        return ""
+        return {}
+    if not evals:
+        return {"Predictions": page.note("None: config.evals is empty")}
     try:
-        return samples.show_samples(run.workdir, run.config, num)
+        model = predictor.load(run.workdir)
+        found = gallery.show_gallery(model, evals, num)
+        return {**found, "Predictions": samples.show_samples(model, evals, num)}
     except (ValueError, OSError, RuntimeError) as error:  # errors.py has all three
         logging.warning("no predictions of %s: %s", run.name, error)
-        return f"<p class='note'>None: {_text(error)}</p>"
+        return {"Predictions": page.note(f"None: {error}")}
 
 
 def _commands(run: RunOnDisk) -> str:
     folder = shlex.quote(str(run.workdir))
     argv = [str(arg) for arg in run.environment.get("command", [])[1:]]
-    made = f"python -m navit_jax.train {shlex.join(argv)}\n" if argv else ""
-    return "<pre>" + _text(
-        f"{made}python -m navit_jax.evaluate --workdir={folder} --sides=32,64,128\n"
-        f"python -m navit_jax.predict --workdir={folder} --images=FOLDER "
-        "--output=predictions.csv"
-    ) + "</pre>"  # fmt: skip
+    lines = [f"python -m navit_jax.train {shlex.join(argv)}"] if argv else []
+    lines.append(f"python -m navit_jax.evaluate --workdir={folder} --sides=32,64,128")
+    if "text" not in run.config["task"]:  # of two towers it has no classes to predict
+        lines.append(
+            f"python -m navit_jax.predict --workdir={folder} --images=FOLDER "
+            "--output=predictions.csv"
+        )
+    return "<pre>" + page.text("\n".join(lines)) + "</pre>"
 
 
-def define_main() -> Callable[[Sequence[str]], None]:
-    """Defines the flags, and returns what reads them and writes the page."""
+def define_main() -> Callable[[Sequence[str]], int]:
+    """Defines the flags, and returns what takes the runs and writes the page."""
     output = flags.DEFINE_string(
         "output", None, "The page; default: report.html in the run's folder, or here"
     )
     num_samples = flags.DEFINE_integer("samples", 24, "Pictures to predict; 0: none")
 
-    def main(argv: Sequence[str]) -> None:
-        if len(argv) < 2:
-            usage = "name one run or more: python -m navit_jax.report RUN..."
-            raise app.UsageError(usage)
-        command_line.quiet_libraries()
-        folders = [epath.Path(folder) for folder in argv[1:]]
+    def main(workdirs: Sequence[str]) -> int:
+        if not workdirs:
+            raise ConfigError("name one run or more: python -m navit_jax.report RUN...")
+        folders = [epath.Path(workdir) for workdir in workdirs]
         default = folders[0] / "report.html" if len(folders) == 1 else "report.html"
-        page = epath.Path(output.value or default)
-        with command_line.exit_codes():
-            write_report(folders, page, num_samples.value)
-        print(f"report: {page}")
+        path = epath.Path(output.value or default)
+        write_report(folders, path, num_samples.value)
+        print(f"report: {path}")
+        return 0
 
     return main
 
 
 if __name__ == "__main__":
-    app.run(define_main())
+    command_line.run(define_main(), words=True)

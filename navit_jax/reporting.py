@@ -184,6 +184,7 @@ def progress_line(step: int, steps: int, left: float, values: Mapping[str, Any])
         show("throughput/images_per_second", ".0f", "images/s"),
         show("throughput/tokens_per_second", ",.0f", "tokens/s"),
         show("pack/padding", ".2%", "padding"),
+        show("pack/text_padding", ".2%", "of text"),
         show("throughput/mfu", ".1%", "MFU"),
         show("data/skipped", ",.0f", "skipped") if values.get("data/skipped") else "",
     ]

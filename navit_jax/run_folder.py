@@ -17,14 +17,18 @@ from etils import epath
 from navit_jax import config as config_lib
 from navit_jax import run_lock
 from navit_jax.data import codec
+from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.errors import ConfigError
 
 # Keys that change neither the batches nor what a step computes from them.
 HARMLESS = re.compile(
     r"checkpoint\.|evals\.|mesh\.|train\.(?!ema)|data\.(workers|threads|prefetch)$|"
-    r"model\.(attention|remat|scan)$"
+    r"model\.(attention|remat|scan)$|"
+    # The file may move; that it is the same one, `store_vocabulary` makes sure.
+    r"data\.text\.vocabulary$"
 )
 
+VOCABULARY = "vocabulary"
 CONFIG_REMEDY = "delete it and train on with the run's --config, which writes it again"
 
 
@@ -38,18 +42,27 @@ def hold(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], None]]:
     Raises:
       ConfigError: the folder can not be written, or another run holds it.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write_test_{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} can not be written: {error}") from error
+    check_writable(workdir, f"--workdir={workdir}")
     if jax.process_index() == 0:
         with run_lock.hold(workdir, take_over) as lock:
             yield lock.check
     else:
         yield lambda: None
+
+
+def check_writable(folder: epath.Path, name: str) -> None:
+    """Makes the folder if there is none.
+
+    Raises:
+      ConfigError: no file can be made in it; the message begins with the name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{name} can not be written: {error}") from error
 
 
 def store_config(
@@ -121,6 +134,35 @@ def read_class_names(workdir: epath.Path) -> list[str]:
     )
 
 
+def store_vocabulary(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
+    """Keeps the vocabulary of the run's texts, if it has some, beside its model.
+
+    Raises:
+      ConfigError: the run has begun with another one.
+    """
+    if tokenizer is None:
+        return
+    path, contents = workdir / VOCABULARY, tokenizer.vocabulary.contents
+    if path.exists() and path.read_bytes() != contents:
+        raise ConfigError(
+            f"config.data.text.vocabulary is another one than {path}, with which the "
+            "run has begun; restore it, or use another --workdir"
+        )
+    if jax.process_index() == 0:
+        store(path, contents)
+
+
+def use_own_vocabulary(
+    workdir: epath.Path, config: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The run's config, its texts read by the vocabulary that the folder keeps."""
+    path, section = workdir / VOCABULARY, config["data"]
+    if not path.exists() or not section.get("text"):
+        return config
+    text = {**section["text"], "vocabulary": str(path)}
+    return {**config, "data": {**section, "text": text}}
+
+
 def environment() -> dict[str, Any]:
     """What the numbers of a run may depend on besides its config."""
     names = ("navit_jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain")
@@ -149,10 +191,10 @@ def read_json(path: epath.Path, remedy: str) -> Any:
         raise ConfigError(f"{path} is damaged: {error}; {remedy}") from error
 
 
-def store(path: epath.Path, text: str) -> None:
+def store(path: epath.Path, contents: str | bytes) -> None:
     """Writes in one move: others may be reading, and a kill must not cut it."""
     new = path.with_name(f"{path.name}.tmp")
-    new.write_text(text)
+    new.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     new.replace(path)
 
 

@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, tuple["str | None", ...]], ...] = (
     (r".*/mlp/up/kernel", ("fsdp", "tensor")),  # D F
     (r".*/mlp/up/bias", ("tensor",)),  # F
     (r".*/mlp/down/kernel", ("tensor", "fsdp")),  # F D
-    (r"(.*/)?head/dense/kernel", ("fsdp", None)),  # D C
+    (r"(.*/)?(head/dense|image_head|text_head)/kernel", ("fsdp", None)),  # D C, D E
     (r"(.*/)?(kernel|embedding)", (None, "fsdp")),  # P D
 )
 

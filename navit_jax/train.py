@@ -25,6 +25,7 @@ from navit_jax import (
     run_folder,
     sharding,
     signals,
+    train_flops,
 )
 from navit_jax import config as config_lib
 from navit_jax.batch import BatchInfo, PackedBatch
@@ -124,6 +125,7 @@ class Run:
         self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
         class_names = self.stream.class_names
         run_folder.store_class_names(workdir, class_names)
+        run_folder.store_vocabulary(workdir, self.stream.tokenizer)
         self.evaluator = evaluator.Evaluator(config, self.task, mesh, class_names)
         self.evaluator.check_name(config.get("checkpoint", {}).get("best", ""))
         self.progress = self._progress(program, meta)
@@ -263,7 +265,7 @@ class Run:
             report_every=self.options.report_every,
             rows=plan.rows,
             num_tokens=plan.tokens,
-            flops=experiment.flops_counter(self.config),
+            flops=train_flops.flops_counter(self.config, program.abstract.params),
             peak_flops=peak_flops.peak_flops(jax.local_devices()[0])
             * jax.device_count(),
             state=meta.get("progress"),

@@ -3,7 +3,8 @@
 Shapes: B rows, N image slots a row.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from navit_jax import optim
 from navit_jax.batch import PackedBatch, pytree
 from navit_jax.metrics import Mean
 from navit_jax.models.pooling import tokens_of_slots
-from navit_jax.tasks import Task
+from navit_jax.tasks import Coupled, Task
 
 Params = Mapping[str, Any]
 
@@ -59,14 +60,24 @@ def init_state(
 
 
 def batch_counts(batch: PackedBatch) -> dict[str, jax.Array]:
-    """Images, tokens and attention pairs (sum of n_i^2) of a batch, as float32."""
-    tokens = tokens_of_slots(batch.segment_ids, batch.image_mask.shape[1])
-    tokens = tokens.astype(jnp.float32)
-    return {
+    """Images, tokens and attention pairs (sum of n_i^2) of a batch, as float32.
+
+    With texts also their number, tokens and pairs, and the room there is for them.
+    """
+    N = batch.image_mask.shape[1]
+    tokens = tokens_of_slots(batch.segment_ids, N).astype(jnp.float32)
+    counts = {
         "images": batch.image_mask.sum(dtype=jnp.float32),
         "tokens": tokens.sum(),
         "attention_pairs": jnp.square(tokens).sum(),
     }
+    if (text := batch.targets.get("text_segment_ids")) is not None:
+        tokens = tokens_of_slots(text, N).astype(jnp.float32)
+        counts["texts"] = (tokens > 0).sum(dtype=jnp.float32)
+        counts["text_tokens"] = tokens.sum()
+        counts["text_attention_pairs"] = jnp.square(tokens).sum()
+        counts["text_room"] = jnp.float32(text.size)
+    return counts
 
 
 def split_rows(tree: Any, accumulate: int, shards: int) -> Any:
@@ -84,15 +95,39 @@ def split_rows(tree: Any, accumulate: int, shards: int) -> Any:
     return jax.tree.map(split, tree)
 
 
+def join_rows(tree: Any, shards: int) -> Any:
+    """[accumulate B/accumulate ...] back to [B ...]: the inverse of `split_rows`."""
+
+    def join(x: jax.Array) -> jax.Array:
+        accumulate, rows = x.shape[0], x.shape[1] // shards
+        x = x.reshape(accumulate, shards, rows, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(join, tree)
+
+
+Compute = Callable[..., tuple[tuple[jax.Array, dict[str, Mean]], Params]]
+
+
 def loss_and_gradients(
-    task: Task, accumulate: int = 1, shards: int = 1
-) -> Callable[..., tuple[tuple[jax.Array, dict[str, Mean]], Params]]:
+    task: Task, accumulate: int = 1, shards: int = 1, freeze: Sequence[Any] = ()
+) -> Compute:
     """(params, batch, key) to ((loss, metrics), gradients), in `accumulate` passes.
 
     The task's weights are summed over all micro-batches first, so the gradients are
-    those of the whole batch, however its images fall into micro-batches.
+    those of the whole batch, however its images fall into micro-batches. A `Coupled`
+    task takes twice the forward passes. Gradients of frozen parameters are 0.
+
+    Args:
+      freeze: As of `optim.compose`.
     """
-    gradient = jax.value_and_grad(task.loss, has_aux=True)
+    if accumulate > 1 and isinstance(task, Coupled):
+        return _replayed(task, accumulate, shards, freeze)
+
+    def loss(params, *arguments):
+        return task.loss(optim.stop_frozen(freeze, params), *arguments)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def whole(params, batch, key):
         return gradient(params, batch, key, task.weights(batch))
@@ -100,19 +135,54 @@ def loss_and_gradients(
     def in_parts(params, batch, key):
         parts = split_rows(batch, accumulate, shards)
         weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(task.weights)(parts))
-
-        def add(total, part):
-            result = gradient(params, part, key, weights)
-            return jax.tree.map(jnp.add, total, result), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(gradient, params, first, key, weights),
-        )
-        return jax.lax.scan(add, zeros, parts)[0]
+        return _sum(lambda part: gradient(params, part, key, weights), parts)
 
     return whole if accumulate == 1 else in_parts
+
+
+def _sum(function: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of a function over the first axis, one part at a time."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(function, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _replayed(
+    task: Coupled, accumulate: int, shards: int, freeze: Sequence[Any]
+) -> Compute:
+    """Embeds part by part, couples all, then embeds each part again to go back.
+
+    Of the first pass only the embeddings are kept. Random draws are by image, so the
+    second pass has the same ones.
+    """
+
+    stop = functools.partial(optim.stop_frozen, freeze)
+
+    def couple(params, embeddings, batch):
+        return task.couple(stop(params), embeddings, batch)
+
+    def compute(params, batch, key):
+        parts = split_rows(batch, accumulate, shards)
+        embedded = jax.lax.map(lambda part: task.embed(params, part, key), parts)
+        coupled = jax.value_and_grad(couple, (0, 1), has_aux=True)
+        result, (direct, cotangents) = coupled(
+            params, join_rows(embedded, shards), batch
+        )
+
+        def go_back(part_and_cotangents):
+            part, own = part_and_cotangents
+            _, pull = jax.vjp(lambda p: task.embed(stop(p), part, key), params)
+            return pull(own)[0]
+
+        through = _sum(go_back, (parts, split_rows(cotangents, accumulate, shards)))
+        return result, jax.tree.map(jnp.add, direct, through)
+
+    return compute
 
 
 def train_step(
@@ -126,6 +196,7 @@ def train_step(
     accumulate: int = 1,
     shards: int = 1,
     ema_decay: float | int = 0.0,
+    freeze: Sequence[Any] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step: a pure function of state and batch.
 
@@ -135,13 +206,14 @@ def train_step(
     Args:
       signals: Numbers of the host for each row, summed over all hosts, so that every
         host reads the same totals.
+      freeze: As of `optim.compose`, which made `tx`.
 
     Returns:
       The new state, and metrics: the task's means, `loss`, `gradient_norm`, `finite`,
       the counts of the batch, `signals` [S].
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    compute = loss_and_gradients(task, accumulate, shards)
+    compute = loss_and_gradients(task, accumulate, shards, freeze)
     (loss, means), gradients = compute(state.params, batch, key)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

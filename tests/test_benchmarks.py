@@ -1,5 +1,6 @@
 """The benchmarks run end to end in their tiny form; what they measure is not judged."""
 
+import importlib
 import io
 import json
 import os
@@ -31,15 +32,53 @@ def run(*command, **environment):
     return done.stdout
 
 
-def test_the_gpu_script_compares_and_times_everything_on_any_backend():
-    out = run("bash", "benchmarks/gpu.sh", "--tiny", PYTHON=sys.executable)
-    lines = [line.split("|")[1:-1] for line in out.splitlines() if line[:1] == "|"]
-    errors = [line for line in lines if line[1].strip() in ("float32", "bfloat16")]
-    assert [line[0].strip() for line in errors] == 2 * ["dense", "blocks", "mha"]
-    for line in errors:
-        worst = 1e-5 if line[1].strip() == "float32" else 2e-2
-        assert all(float(cell) <= worst for cell in line[2:]), line
-    assert sum(line[0].strip() == "Ti/16" for line in lines) == 2
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def test_alternatives_are_timed_in_turn_after_an_untimed_call_of_each(benchmark_module):
+    timing = benchmark_module("timing")
+    now, called = [0.0], []
+
+    def case(name, first, later):
+        def call():
+            now[0] += later if name in called else first
+            called.append(name)
+
+        return call
+
+    cases = {"a": case("a", 100, 1), "b": case("b", 50, 2)}
+    seconds = timing.interleave(cases, 3, clock=lambda: now[0])
+    assert {name: list(x) for name, x in seconds.items()} == {
+        "a": [1] * 3,
+        "b": [2] * 3,
+    }
+    assert called == 4 * ["a", "b"]
+    called.clear()
+    cases = {"a": case("a", 100, 1), "b": case("b", 50, 2)}
+    timing.interleave(cases, 2, settle=True, clock=lambda: now[0])
+    assert called == ["a", "b"] + 2 * ["a", "a", "b", "b"]
+
+
+def test_a_ratio_is_of_the_first_over_the_second_round_by_round(benchmark_module):
+    timing = benchmark_module("timing")
+    slow, fast = np.array([2.0, 4.0, 6.0]), np.array([1.0, 1.0, 2.0])
+    assert timing.ratio(slow, fast) == "3.00 (2.50 .. 3.50)"
+
+
+def test_the_fixed_list_is_the_same_everywhere(benchmark_module):
+    grids = benchmark_module("fixed_list").grids()
+    assert (16 * grids[:6]).tolist() == [
+        [96, 224], [240, 128], [208, 96], [112, 208], [64, 96], [400, 144]
+    ]  # fmt: skip
+    lengths = grids.prod(1)
+    assert (len(grids), lengths.sum(), (lengths**2).sum()) == (256, 29_608, 4_747_848)
 
 
 @pytest.mark.slow
@@ -47,12 +86,9 @@ def test_the_gpu_script_compares_and_times_everything_on_any_backend():
     "name, words",
     [
         ("attention", ["dense / blocks", "work / sum n^2"]),
-        (
-            "train_step",
-            ["Packed against plain", "Long rows", "Where the time goes", "keeps"],
-        ),
         ("compiling", ["scanned / unrolled", "with a full cache"]),
         ("contrastive", ["time / dense", "of gathering both", "d image"]),
+        ("text_padding", ["packed | 104", "padded to 64 | 640", "over packed"]),
     ],
 )
 def test_a_benchmark_prints_its_tables(name, words):
@@ -61,8 +97,31 @@ def test_a_benchmark_prints_its_tables(name, words):
         assert word in out
 
 
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
+@pytest.mark.slow
+def test_the_tables_of_the_step_divide_what_they_say():
+    out = run(sys.executable, "benchmarks/train_step.py", "--tiny")
+    found = {}
+    for part in out.split("### ")[1:]:
+        lines = [cells(line) for line in part.splitlines() if line[:1] == "|"]
+        found[part.splitlines()[0]] = lines[2:]
+    number = lambda cell: float(cell.split()[0].replace(",", "").rstrip("%"))  # noqa: E731
+    rates = found["Packed against plain"]
+    best = {line[0]: line for line in rates if line[1] == "packed, rows of 1024"}
+    for size, name, images, tokens, by_images, by_tokens in rates:
+        packed = best[size]
+        expected = number(packed[2]) / number(images)
+        assert number(by_images) == pytest.approx(expected, rel=0.02), name
+        expected = number(packed[3]) / number(tokens)
+        assert number(by_tokens) == pytest.approx(expected, rel=0.02), name
+    for _, short, long, ratio in found["Long rows"]:
+        assert number(ratio) == pytest.approx(number(long) / number(short), rel=0.02)
+    first, second = found["Sizes"]
+    ratio = number(second[1]) / number(first[1])
+    assert number(second[3]) == pytest.approx(ratio, rel=0.02)
+    for line in found["Where the time goes"]:
+        assert abs(sum(map(number, line[2:])) - 100) <= 2  # three roundings
+    assert len(found["Choices"]) == 6
+    assert all(number(line[4]) > 0 for line in found["Choices"])
 
 
 def test_sizes_are_compared_and_images_counted_that_are_upscaled(tmp_path):

@@ -169,6 +169,11 @@ def test_a_set_to_judge_refuses_what_only_training_follows(change):
     [
         ({"resolutoin": 1}, r"evals\.mine\.resolutoin is unknown; (?!.*resolution)"),
         ({"rows": "8"}, r"evals\.mine\.rows='8'"),
+        ({"name": "retreival"}, "name='retreival': did you mean 'retrieval'"),
+        ({"name": "retrieval", "templates": ["{}"]}, "templates is unknown"),
+        ({"name": "zero_shot", "template": "{}"}, "did you mean 'templates'"),
+        ({"name": "zero_shot", "num_labels": 2}, "num_labels is unknown"),
+        ({"templates": ["{}"]}, "templates is unknown"),
         ({"sides": ()}, "give at least one"),
         ({"sides": 64}, "sides=64: give a list"),
         ({"sides": "64"}, "sides='64': give a list"),

@@ -196,7 +196,7 @@ def test_the_report_counts_what_the_rows_hold():
     "lengths, enough", [([8] * 80, 8), ([64] * 9, 1), ([1] * 640, 64)]
 )
 def test_enough_slots_are_those_that_pad_no_more_than_more_would(lengths, enough):
-    assert enough_slots(np.array(lengths), 64, "auto") == enough
+    assert enough_slots(np.array(lengths)[:, None], [64], "auto") == enough
 
 
 def test_the_fingerprint_tells_plans_apart():

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,9 +50,10 @@ def judge_others(workdir, tmp_path):
     folder = epath.Path(tmp_path) / "run"
     shutil.copytree(workdir, folder)
 
-    def judge(evals, **changes):
+    def judge(evals, mesh=(), **changes):
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "evals": evals}))
+        config |= {"evals": evals, "mesh": dict(mesh)}
+        (folder / "config.json").write_text(json.dumps(config))
         values = evaluate.evaluate(folder, **changes)
         written = (folder / "evaluation.json").read_text()
         return values, json.loads(written, parse_constant=lambda name: 1 / 0)
@@ -76,11 +79,8 @@ def test_tokens_and_the_share_of_enlarged_images_are_those_of_a_loop(
         )
     stem = f"eval/validation{'' if upscale else '_no_upscale'}_{side}"
     assert values[f"{stem}/images"] == len(tokens)
-    if side != "native":  # there, rows of 32 tokens shrink the larger ones
-        assert values[f"{stem}/tokens_per_image"] == pytest.approx(np.mean(tokens))
-        assert values[f"{stem}/shrunk"] == 0
-    else:
-        assert values[f"{stem}/shrunk"] == sum(n > 32 for n in tokens)
+    assert values[f"{stem}/tokens_per_image"] == pytest.approx(np.mean(tokens))
+    assert values[f"{stem}/shrunk"] == 0
     assert values[f"{stem}/upscaled"] == pytest.approx(np.mean(enlarged))
     assert values[f"{stem}/seconds_per_image"] > 0
 
@@ -218,6 +218,73 @@ def test_each_set_has_its_own_baselines_from_the_training_set(judge_others):
                          for guess in ("majority", "aspect_only")]  # fmt: skip
 
 
+def test_sets_of_the_same_records_have_their_baselines_once(judge_others):
+    evals = {"a": {**SET, "sides": (32,)}}
+    values, _ = judge_others(evals, baselines=True, upscale=[True, False])
+    names = {name.split("/")[1] for name in values if name.startswith("baseline/")}
+    assert names == {"a"}
+
+
+@pytest.mark.parametrize("mesh, rows", [({"fsdp": 2}, 8), ({}, 3), ({}, 9)])
+def test_a_checkpoint_is_judged_on_whatever_devices_there_are(
+    values, judge_others, mesh, rows
+):
+    found, _ = judge_others({"v": {**SET, "sides": (32,), "rows": rows}}, mesh)
+    for metric in ("images", "accuracy", "loss", "tokens_per_image"):
+        expected = values[f"eval/validation_32/{metric}"]
+        assert found[f"eval/v_32/{metric}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_flag_of_the_command_is_obeyed(workdir, tmp_path):
+    flags = [
+        "--sides=32", "--budgets=9", "--upscale=yes,no", "--split=test", "--step=1",
+        "--baselines", "--shots=1", f"--output={tmp_path}/found.json",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "navit_jax.evaluate", f"--workdir={workdir}"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["step"] == 1
+    expected = evaluate.evaluate(
+        workdir, [32], [9], [True, False], "test", 1, True, [1], tmp_path / "own.json"
+    )
+    found = written["values"]
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {n for n in found if n.endswith("/seconds_per_image")}:
+        # Packed alike, but to another number of rows: a guess may change by rounding.
+        assert found[name] == pytest.approx(expected[name], abs=2e-2), name
+    points = [
+        f"test{suffix}_{size}"
+        for suffix in ("", "_no_upscale")
+        for size in ("32", "9tokens")
+    ]
+    baselines_ = [f"baseline/test/{guess}" for guess in ("majority", "aspect_only")]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == points + baselines_
+    assert {"1_shot_accuracy", "accuracy"} <= set(lines[0].split())
+    judged, trained = read_set("test")[0], read_set("train")[0]
+    assert len(judged) != len(clipart("validation"))
+    assert [found[f"eval/{point}/images"] for point in points] == 4 * [len(judged)]
+    guess = baselines.majority(trained, judged)
+    assert found["baseline/test/majority/accuracy"] == pytest.approx(guess)
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("/proc/found.json", "--output=/proc/found.json can not be written: "),
+        ("/dev/full", "--output=/dev/full is no file"),
+        ("/proc", "--output=/proc is no file"),
+    ],
+)
+def test_an_output_that_can_not_be_written_is_named_before_any_work(
+    workdir, monkeypatch, output, message
+):
+    monkeypatch.setattr(evaluate.predictor, "restore", None)
+    with pytest.raises(ConfigError, match=message):
+        evaluate.evaluate(workdir, output=output)
+
+
 def test_a_number_that_is_none_is_written_as_json_has_it(judge_others):
     values, written = judge_others({"v": {**SET, "sides": (32,), "square": True}})
     assert np.isnan(values["eval/v_32/upscaled"])
@@ -248,9 +315,11 @@ def test_a_full_disk_leaves_the_evaluation_that_was_there(workdir, full_at):
     path = epath.Path(workdir) / "evaluation.json"
     before = path.read_text()
     full_at(5)
-    with pytest.raises(OSError, match="File too large"):
-        evaluate.evaluate(workdir)
+    told = []
+    with pytest.raises(ConfigError, match=r"evaluation\.json can not .* too large"):
+        evaluate.evaluate(workdir, tell=told.append)
     full_at(-1)
+    assert "eval/validation_32/accuracy" in told[0]
     assert path.read_text() == before
 
 

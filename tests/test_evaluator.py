@@ -1,3 +1,5 @@
+import types
+
 import jax
 import numpy as np
 import oracle
@@ -6,10 +8,20 @@ import tiny
 from etils import epath
 from PIL import Image
 
-from navit_jax import checkpoint, data, evaluate, experiment, reporting, sharding, train
+from navit_jax import (
+    checkpoint,
+    data,
+    evaluate,
+    evaluator,
+    experiment,
+    reporting,
+    sharding,
+    train,
+)
 from navit_jax.data import images
+from navit_jax.data.sizes import size_table
 from navit_jax.data.sources import clipart
-from navit_jax.errors import DataError
+from navit_jax.errors import ConfigError, DataError
 from navit_jax.evaluator import Evaluator
 from navit_jax.metrics import interval_by_group
 
@@ -104,6 +116,72 @@ def test_every_set_and_side_is_judged_as_by_a_loop_that_packs_nothing(own):
     assert "eval/own_32/accuracy_low" not in values
 
 
+def test_rows_grow_at_native_size_until_the_longest_picture_fits():
+    config, slots = tiny.config(), 6
+    section = {"sources": CLIPART, "sides": (32, 96, "native")}
+
+    def plans(config=config, **own):
+        streams = dict(experiment.build_eval_streams(config, section | own, "v", 2))
+        for stream in streams.values():
+            assert stream.loader.num_tokens == stream.plan.tokens
+        return {label: stream.plan for label, stream in streams.items()}
+
+    patches = size_table(clipart("validation")).astype(int) // 16
+    lengths = np.maximum(patches, 1).prod(1)
+    found = plans()
+    assert [(p.rows, p.tokens) for p in found.values()][:2] == [(8, 32), (8, 64)]
+    native = found["native"]
+    assert lengths.max() <= native.tokens < 2 * lengths.max()
+    # As many tokens a batch, and a row for each of the two devices.
+    assert native.rows == max(2, 8 * 32 // native.tokens)
+    assert native.slots == slots
+    images = native.plan_window(0, 0).images
+    assert sorted(images.kept) == sorted(lengths)
+    # The set's own length stays, and so does what the positions reach.
+    images = plans(tokens=64)["native"].plan_window(0, 0).images
+    assert images.shrunk.sum() == (lengths > 64).sum() > 0
+    short = tiny.config(model__positions={"name": "factorized", "length": 8})
+    short = plans(short, sides=("native",))["native"]
+    assert short.tokens == 64
+    images = short.plan_window(0, 0).images
+    assert images.shrunk.sum() == (patches.max(1) > 8).sum() > 0
+
+
+def test_time_is_that_of_the_devices_without_loading_and_compilation(monkeypatch):
+    sides = (*SIDES, "native")
+    config = tiny.config(evals={"v": {"sources": CLIPART, "sides": sides}})
+    mesh, now, seen = sharding.make_mesh(), [0.0], set()
+    task = experiment.build_task(config, 8)
+    stream = experiment.build_stream(config)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), stream.example())
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    with jax.set_mesh(mesh):
+        own = Evaluator(config, task, mesh, stream.class_names)
+        judge_, place = own._judge, sharding.place
+
+        def judge_slowly(params, batch, compute):
+            shape = batch.segment_ids.shape
+            now[0] += 1.0 if shape in seen else 100.0
+            seen.add(shape)
+            return judge_(params, batch, compute)
+
+        def place_slowly(batch, mesh):
+            now[0] += 1000.0
+            return place(batch, mesh)
+
+        monkeypatch.setattr(own, "_judge", judge_slowly)
+        monkeypatch.setattr(sharding, "place", place_slowly)
+        clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+        monkeypatch.setattr(evaluator, "time", clock)
+        for _ in range(2):
+            values = own.run(params)
+            for name, stream in own.streams.items():
+                batches = -(-len(stream.plan.plan_window(0, 0)) // stream.plan.rows)
+                found = values[f"eval/{name}/seconds_per_image"]
+                assert found == pytest.approx(batches / values[f"eval/{name}/images"])
+    assert len(seen) == 2  # the sides share a shape
+
+
 def test_a_set_without_a_picture_of_use_is_named(own, tmp_path):
     names = experiment.build_stream(tiny.config()).class_names
     cut = epath.Path(own["own"]["path"]) / names[1] / "cut.png"
@@ -120,6 +198,15 @@ def test_a_set_without_a_picture_of_use_is_named(own, tmp_path):
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         with pytest.raises(DataError, match="no picture of the eval set broken_32 can"):
             evaluator.run(params)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "zero_shot"])
+def test_texts_are_not_asked_of_a_task_that_knows_none(name):
+    evals = {"pairs": {"name": name, "sources": CLIPART, "sides": SIDES}}
+    config, mesh = tiny.config(evals=evals), sharding.make_mesh()
+    task = experiment.build_task(config, 8)
+    with pytest.raises(ConfigError, match=r"'classification' of this run has no text"):
+        Evaluator(config, task, mesh, ())
 
 
 def test_a_run_with_a_running_mean_is_judged_by_it(own, tmp_path):

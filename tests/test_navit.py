@@ -16,7 +16,8 @@ from navit_jax.errors import ConfigError
 from navit_jax.models import dropout
 from navit_jax.models.attention import IMPLEMENTATIONS, packed_attention
 from navit_jax.models.layers import layer_norm
-from navit_jax.models.navit import REMAT, NaViT
+from navit_jax.models.navit import NaViT
+from navit_jax.models.stack import REMAT
 
 HEADS, DEPTH, WIDTH = 2, 2, 16
 # A row with one token and padding; a full row; all slots used; no slot used.

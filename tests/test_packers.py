@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navit_jax.data import packers
+from navit_jax.data.window import enough_text
 from navit_jax.errors import ConfigError, DataError
 
 NAMES = ["best_fit", "closing", "auto", "next_fit", "first_fit:1", "first_fit:5"]
@@ -33,8 +34,8 @@ def plain_best_fit(lengths, capacity, num_slots):
         if not fitting:
             rows.append(Row(len(rows), capacity, num_slots))
             fitting = rows[-1:]
-        # The least room; of equals the one used last.
-        row = min(fitting, key=lambda row: (row.rest[0], -row.used))
+        # The least room, for images first; of equals the one used last.
+        row = min(fitting, key=lambda row: (*row.rest, -row.used))
         out.append(row.add(needs, clock))
     return out
 
@@ -50,8 +51,8 @@ def plain_closing(lengths, capacity, num_slots):
         begun = row.slots < num_slots
         if not row.fits(needs) or (begun and row.rest[0] <= 1.25 * longest):
             while fitting := [j for j in waiting if row.fits(lengths[j])]:
-                # The longest; of equals the last in order.
-                last = max(fitting, key=lambda j: (lengths[j][0], j))
+                # The longest, by image first; of equals the last in order.
+                last = max(fitting, key=lambda j: (*lengths[j], j))
                 out[last] = row.add(lengths[last])
                 waiting.remove(last)
             row = Row(row.number + 1, capacity, num_slots)
@@ -159,6 +160,24 @@ def test_auto_pads_less_than_the_bound(sample, num_tokens, num_slots, percent):
     assert padding(lengths, rows, num_tokens) < percent
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_auto_pads_few_image_tokens_where_a_row_has_room_for_its_texts(seed):
+    rng = np.random.default_rng(seed)
+    images = lengths_of_the_paper(rng)
+    texts = np.rint(rng.lognormal(np.log(13), 0.45, images.shape)).clip(2, 24)
+    pairs = np.concatenate([images, texts.astype(np.int64)], 1)
+    rows = packers.assign_rows(pairs, [256, 96], 10)
+    assert padding(images, rows, 256) < 1.5
+    least = enough_text(pairs, 256, 10, "auto")
+    rows = packers.assign_rows(pairs, [256, least], 10)
+    less = packers.assign_rows(pairs, [256, least - 8], 10)
+    assert padding(images, rows, 256) <= 1.5 < padding(images, less, 256)
+    # Texts that are no burden leave the padding of images alone.
+    rows = packers.assign_rows(pairs, [256, 240], 10)
+    alone = packers.assign_rows(images, [256], 10)
+    assert abs(padding(images, rows, 256) - padding(images, alone, 256)) < 0.15
+
+
 @pytest.mark.parametrize("packer", NAMES)
 def test_lengths_that_never_fill_a_row_are_packed_all_the_same(packer):
     lengths = np.full((1001, 1), 129)
@@ -203,6 +222,11 @@ def test_an_image_longer_than_a_row_is_refused():
     lengths = np.array([[3, 1], [4, 99]])
     with pytest.raises(DataError, match=r"image 1 of length \[4, 99\]"):
         packers.assign_rows(lengths, [9, 9], 3)
+
+
+def test_a_third_budget_is_refused():
+    with pytest.raises(ValueError, match=r"capacity=\[9, 9, 9\]: give image tokens"):
+        packers.assign_rows(np.ones((2, 3), int), [9, 9, 9], 3)
 
 
 @given(problems(1), st.integers(0, 30))

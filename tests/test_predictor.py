@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ import tiny
 from PIL import Image
 
 import navit_jax
-from navit_jax import train
+from navit_jax import experiment, sharding, train
 
 SIZES = [(32, 64), (48, 48), (64, 32), (16, 80), (33, 70), (90, 20), (5, 5), (64, 64)]
 
@@ -120,6 +121,32 @@ def test_neighbours_and_order_change_nothing_but_rounding(predictor, pictures):
     assert np.ptp(alone, axis=0).max() > 1e-4  # they do differ from each other
 
 
+def test_in_bfloat16_neighbours_change_less_than_a_hundredth(predictor, pictures):
+    # So large that some values are rounded otherwise, on a device that gets other
+    # numbers of rows.
+    changes = {"size": "Ti/8", "width": 192, "depth": 4, "num_heads": 3, "mlp": 768}
+    model = predictor.config["model"] | changes | {"dtype": "bfloat16"}
+    section = {**predictor.config["data"], "tokens": 256}
+    config = {**predictor.config, "model": model, "data": section}
+    task = experiment.build_task(config, len(predictor.class_names))
+    example = experiment.build_stream(config).example()
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = jax.jit(task.init)(jax.random.key(0), example)
+    head = np.random.default_rng(0).normal(0, 0.1, (192, 8)).astype(np.float32)
+    params["head"]["dense"]["kernel"] = head
+    rough = dataclasses.replace(
+        predictor, config=config, task=task, params=params, mesh=mesh
+    )
+    for ask in (rough.embed, rough.predict):
+        # 81 patches: neighbours move a picture against the blocks of attention.
+        together = ask(pictures * 3, side=72)
+        alone = np.concatenate([ask([picture], side=72) for picture in pictures])
+        difference = np.abs(together - np.tile(alone, (3, 1))).max()
+        assert 0 < difference < 1e-2 * np.abs(alone).max()
+        assert np.ptp(alone, axis=0).max() > 3e-2 * np.abs(alone).max()
+
+
 def test_paths_arrays_and_pillow_images_are_the_same_pictures(
     predictor, pictures, tmp_path
 ):
@@ -176,11 +203,17 @@ def test_a_picture_longer_than_a_row_of_training_is_seen_whole(predictor, pictur
 
 
 @pytest.mark.parametrize("dial", [{"side": 400}, {"tokens": 900}])
-def test_a_panorama_or_a_bad_picture_alone_is_no_error_of_the_run(predictor, dial):
+def test_a_panorama_or_a_bad_picture_alone_is_no_error_of_the_run(
+    predictor, dial, caplog
+):
     panorama = np.zeros((16, 500, 3), np.uint8)
     rows, columns, _ = predictor.tokens([panorama], **dial)[0].shape
     assert columns == 32  # all that the positions reach
     assert rows == 1
+    assert re.search(r"smaller than drawn, .*: pictures:\[0\]$", caplog.text.strip())
+    caplog.clear()
+    predictor.tokens([np.zeros((64, 64, 3), np.uint8)], **dial)
+    assert not caplog.records
     with pytest.raises(ValueError, match=r"images\[0\] \(bytes\).*not_image"):
         predictor.predict([b"no picture"], **dial)
 
@@ -318,6 +351,7 @@ def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "5 pictures" in done.stdout
     assert "1 could not be used" in done.stdout
+    assert "5/5" in done.stderr
     with out.open() as file:
         lines = {line["file"]: line for line in csv.DictReader(file)}
     assert list(lines) == [
@@ -358,6 +392,19 @@ def test_the_command_passes_on_what_it_is_asked_for(workdir, pictures, tmp_path)
     numbers = {found[f"class_{i}"]: found[f"probability_{i}"] for i in range(1, 9)}
     for name, value in zip(predictor.class_names, expected, strict=True):
         assert float(numbers[name]) == pytest.approx(value, abs=2e-6)
+
+
+@pytest.mark.parametrize("output", ["/proc/out.csv", "/dev/full"])
+def test_the_command_writes_before_it_loads_the_model(
+    workdir, pictures, tmp_path, output
+):
+    for name in ("config.json", "classes.json"):  # and no checkpoint
+        shutil.copy(workdir / name, tmp_path / name)
+    Image.fromarray(pictures[0]).save(tmp_path / "one.png")
+    done = run_command(tmp_path, tmp_path, output)
+    assert done.returncode == 2
+    assert f"--output={output} can not be written: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from etils import epath
 
-from navit_jax import experiment, reporting, train
+from navit_jax import evaluate, experiment, reporting, train
 
 TESTS = str(pathlib.Path(__file__).parent)
 PROGRAM = """
@@ -134,6 +134,27 @@ def test_one_process_told_to_stop_takes_both_along_and_they_go_on_without_a_trac
     said, codes = run_two(judged(), tmp_path)
     assert codes == [0, 0], "\n".join(said)
     kills.assert_same_runs(tmp_path, unbroken)
+
+
+JUDGE = """
+from navit_jax import evaluate
+found = f"{workdir}/found_{index}.json"
+evaluate.evaluate(workdir, ["native", 32], shots=[1], output=found)
+sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_judge_together_as_one_does(unbroken):
+    said, codes = run_two(judged(), unbroken, JUDGE)
+    assert codes == [0, 0], "\n".join(said)
+    assert not (unbroken / "found_1.json").exists()  # written by the first alone
+    found = json.loads((unbroken / "found_0.json").read_text())["values"]
+    one = evaluate.evaluate(unbroken, ["native", 32], shots=[1])
+    assert found.keys() == one.keys()
+    for name in found.keys() - {n for n in found if n.endswith("/seconds_per_image")}:
+        # A guess may change by rounding: packed alike, but on other devices.
+        assert found[name] == pytest.approx(one[name], abs=2e-2), name
 
 
 # An image whose loss is not finite, for all that its pixels say.

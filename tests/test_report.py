@@ -1,8 +1,11 @@
 import html.parser
 import json
+import os
+import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import navit_jax
 from navit_jax import (
     data,
     experiment,
+    page,
     pictures,
     plan,
     report,
@@ -108,6 +112,7 @@ def test_a_report_is_one_page_with_curves_pictures_and_escaped_text(folder):
     assert "padding of the last interval2.00%" in said
     command = shlex.quote(f"--config={HOSTILE}")
     assert f"python -m navit_jax.train {command}\n" in said
+    assert "python -m navit_jax.predict" in said
     # Self-contained: nothing is fetched.
     assert 'src="http' not in text
     assert "href=" not in text.replace('href="#', "")
@@ -165,6 +170,23 @@ def test_a_number_that_is_none_is_a_dash(folder):
     assert "v/majority" in [said.strip() for said in Tags(text).text]  # the chart
 
 
+def test_the_summary_has_the_recall_and_the_padding_of_texts_where_there_are(folder):
+    assert "padding of its texts" not in page_of(folder)
+    record = {"step": 3, "pack/text_padding": 0.25}
+    record |= {f"eval/v_64/text_to_image_r{k}": k / 16 for k in (1, 5, 10)}
+    record |= {"eval/v_64/text_to_image_r5_low": 0.03125, "eval/v_64/loss": 0.375}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    cells = [text.strip() for text in Tags(page_of(folder)).text if text.strip()]
+    summary = cells[: cells.index("Learning")]
+    assert summary[summary.index("padding of its texts") + 1] == "25.00%"
+    start = summary.index("eval/v_64/text_to_image_r1")
+    assert summary[start:] == [
+        *("eval/v_64/text_to_image_r1", "0.0625"),
+        *("eval/v_64/text_to_image_r5", "0.3125"),
+    ]
+
+
 def test_what_can_not_be_reported_is_named_before_any_work(folder, tmp_path):
     other = epath.Path(tmp_path) / "other.html"
     with pytest.raises(ConfigError, match="run is named twice"):
@@ -182,6 +204,110 @@ def test_what_can_not_be_reported_is_named_before_any_work(folder, tmp_path):
         (folder / name).write_text(whole)
     assert not other.exists()
     assert not (folder / "rows.png").exists()
+
+
+def files_of(folder):
+    """Each file below a folder, and what it holds."""
+    found = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in found}
+
+
+def run_command(*arguments, cwd=None):
+    command = [sys.executable, "-m", "navit_jax.report", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_command_writes_the_page_its_flags_ask_for_and_nothing_else(folder):
+    before, output = files_of(folder), folder.parent / "elsewhere.html"
+    done = run_command(folder, f"--output={output}", "--samples=0")
+    assert (done.returncode, done.stdout) == (0, f"report: {output}\n"), done.stderr
+    assert "Predictions" not in Tags(output.read_text(), ["h2"]).inside["h2"]
+    assert files_of(folder) == before
+    done = run_command(folder)  # with pictures, which this run has none of
+    assert done.returncode == 0, done.stderr
+    own = folder / "report.html"
+    assert "Predictions" in Tags(own.read_text(), ["h2"]).inside["h2"]
+    assert files_of(folder) == {**before, str(own): own.read_bytes()}
+
+
+def test_the_page_of_several_runs_is_written_here(tmp_path):
+    folders = [make_run(epath.Path(tmp_path) / name) for name in ("a", "b")]
+    before = [files_of(folder) for folder in folders]
+    here = epath.Path(tmp_path) / "here"
+    here.mkdir()
+    done = run_command(*folders, "--samples=0", cwd=here)
+    assert (done.returncode, done.stdout) == (0, "report: report.html\n"), done.stderr
+    assert [path.name for path in here.iterdir()] == ["report.html"]
+    assert [files_of(folder) for folder in folders] == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name one run or more"),
+        (["--bogus", "x"], "Unknown command line flag 'bogus'"),
+        (["x", "--samples=abc"], "flag --samples=abc"),
+    ],
+    ids=["nothing", "flag", "value"],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    done = run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("old", [None, "the page of before"])
+def test_a_page_that_fails_halfway_leaves_what_was_there(folder, monkeypatch, old):
+    output = folder.parent / "page.html"
+    if old:
+        output.write_text(old)
+    before = files_of(folder.parent)
+
+    def write_half(path, text):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(output), "write_text", write_half)
+        with pytest.raises(ConfigError, match=f"--output={output} can not be written"):
+            report.write_report([folder], output)
+    assert files_of(folder.parent) == before
+    monkeypatch.setattr(report, "_summary", lambda runs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write_report([folder], output)
+    assert files_of(folder.parent) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+def test_a_full_disk_is_named_and_a_link_stays_one(folder):
+    link = folder.parent / "page.html"
+    os.symlink("/dev/full", link)
+    with pytest.raises(ConfigError, match=f"--output={link} can not be written"):
+        report.write_report([folder], link, 0)
+    assert os.readlink(link) == "/dev/full"
+
+
+def test_a_page_behind_a_link_is_written_there(tmp_path):
+    there, link = epath.Path(tmp_path) / "there.html", epath.Path(tmp_path) / "link"
+    there.write_text("before")
+    os.symlink(there, link)
+    page.write(link, lambda: "after")
+    assert os.readlink(link) == str(there)
+    assert there.read_text() == "after"
+
+
+def test_a_pipe_gets_the_page_and_stays_one(tmp_path):
+    path = epath.Path(tmp_path) / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    page.write(path, lambda: "all of it")
+    assert os.read(reader, 99) == b"all of it"
+    os.close(reader)
+    assert [found.name for found in path.parent.iterdir()] == ["pipe"]
+    assert not os.path.isfile(path)
 
 
 @pytest.fixture

@@ -100,8 +100,8 @@ def run_progress(workdir, peak):
     workdir.mkdir()
     gathered = progress.Progress(
         writer=reporting.MetricWriter(epath.Path(workdir)), steps=2, report_every=1,
-        rows=1, num_tokens=4, flops=lambda tokens, pairs, images: 1e6 * tokens + pairs,
-        peak_flops=peak,
+        rows=1, num_tokens=4, peak_flops=peak,
+        flops=lambda counts: 1e6 * counts["tokens"] + counts["attention_pairs"],
     )  # fmt: skip
     info = BatchInfo(
         position=[[0, 0, 1]], images_seen=[1], keys=[["a:0"]], skipped=[], notes={},

@@ -35,6 +35,23 @@ def test_what_a_run_is_rebuilt_from_is_never_cut(tmp_path, full_at):
     assert run_folder.read_class_names(workdir) == ["ant", "bee"]
 
 
+def test_a_vocabulary_may_move_and_its_length_may_not(tmp_path):
+    workdir = epath.Path(tmp_path)
+    config = {"data": {"text": {"vocabulary": "/old/mine.model", "length": 24}}}
+    (workdir / "metrics.jsonl").write_text("")
+    run_folder.store_config(workdir, config, False)
+    assert run_folder.use_own_vocabulary(workdir, config) == config
+    (workdir / "vocabulary").write_bytes(b"its bytes")
+    own = {"vocabulary": str(workdir / "vocabulary"), "length": 24}
+    found = run_folder.use_own_vocabulary(workdir, config)
+    assert found == {"data": {"text": own}}
+    assert run_folder.use_own_vocabulary(workdir, {"data": {}}) == {"data": {}}
+    run_folder.store_config(workdir, found, False)
+    longer = {"data": {"text": {**own, "length": 32}}}
+    with pytest.raises(ConfigError, match=r"text\.length: 24 -> 32"):
+        run_folder.store_config(workdir, longer, False)
+
+
 def test_a_stored_config_keeps_its_order_for_what_reads_the_first_of_a_section(
     tmp_path,
 ):

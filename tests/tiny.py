@@ -17,7 +17,7 @@ def load(path: str, *arguments: str):
 
 
 def config(**changes) -> dict:
-    """`configs/smoke.py` resolved, tiny, with changes by dotted path ("." is "__")."""
+    """`configs/smoke.py` resolved, tiny, with changes as in `change`."""
     found = load("configs/smoke.py").unlock()
     found.steps = 6
     found.data.update(rows=8, tokens=32, slots=6)
@@ -25,7 +25,11 @@ def config(**changes) -> dict:
     found.model.update(width=32, depth=2, num_heads=2, mlp=64)
     found.train.update(report_every=2, evaluate_every=0)
     found.evals = {}
-    resolved = config_lib.resolve(found)
+    return change(config_lib.resolve(found), **changes)
+
+
+def change(resolved: dict, **changes) -> dict:
+    """A resolved config with changes by dotted path ("." is "__")."""
     for path, value in changes.items():
         *sections, key = path.split("__")
         node = resolved
@@ -33,3 +37,18 @@ def config(**changes) -> dict:
             node = node[section]
         node[key] = value
     return resolved
+
+
+def contrastive(**changes) -> dict:
+    """`configs/contrastive_smoke.py` resolved and tiny, with changes as in `change`."""
+    found = load("configs/contrastive_smoke.py").unlock()
+    found.steps = 2
+    found.data.update(rows=8, tokens=32, slots=6)
+    found.data.text.tokens = 48
+    found.data.resolution = {"name": "uniform", "low": 32, "high": 64}
+    found.model.update(width=32, depth=1, num_heads=2, mlp=64)
+    found.task.width = 16
+    found.task.text.update(width=32, depth=1, num_heads=2, mlp=64)
+    found.train.update(report_every=1, evaluate_every=0)
+    found.evals = {}
+    return change(config_lib.resolve(found), **changes)

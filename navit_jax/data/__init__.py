@@ -19,12 +19,14 @@ from navit_jax.data import codec as codecs
 from navit_jax.data import crop as crops
 from navit_jax.data import resolution as resolutions
 from navit_jax.data import token_drop as drops
+from navit_jax.data.captions import caption_lengths, leave_out
 from navit_jax.data.load import Loader
 from navit_jax.data.plan import Plan
 from navit_jax.data.records import Source, StoredSource
 from navit_jax.data.rows import Batches
 from navit_jax.data.sizes import size_table
 from navit_jax.data.sources import SOURCES
+from navit_jax.data.tokenizer import Tokenizer, open_tokenizer
 from navit_jax.data.workers import follow_parent
 from navit_jax.errors import ConfigError
 
@@ -56,6 +58,11 @@ class Stream:
     def num_classes(self) -> int:
         """Of the sources; 0 if they have no labels."""
         return len(self.class_names)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the captions that images bring; None if they bring none."""
+        return self.loader.tokenizer
 
     def example(self) -> PackedBatch:
         """A global batch of empty rows: for shapes."""
@@ -156,6 +163,25 @@ def check_classes(source: Source, class_names: Sequence[str]) -> None:
         )
 
 
+def open_text(section: Mapping[str, Any]) -> tuple[int, Tokenizer]:
+    """T and the tokenizer of section `data.text`.
+
+    Raises:
+      ConfigError: `tokens` is missing, or less than the longest text may have.
+    """
+    where = "data.text"
+    arguments = {k: v for k, v in section.items() if k != "tokens"}
+    tokenizer = config_lib.call(open_tokenizer, arguments, where)
+    tokens = section.get("tokens")
+    if not isinstance(tokens, int) or tokens < tokenizer.length:
+        raise ConfigError(
+            f"config.{where}.tokens={tokens}: give the text tokens of a row, at least "
+            f"one text's, {where}.length={tokenizer.length}; `python -m navit_jax.plan "
+            "--packing` recommends a number"
+        )
+    return tokens, tokenizer
+
+
 def open_stream(
     *,
     sources: Mapping[str, Any],
@@ -178,6 +204,7 @@ def open_stream(
     plan_shards: int = 1,
     packer: str = "auto",
     num_labels: int = 1,
+    text: Mapping[str, Any] | None = None,
     codec: str = "auto",
     threads: int = 2,
     workers: int = 0,
@@ -197,6 +224,8 @@ def open_stream(
       max_side: Longest side the position table has, in patches.
       training: Whether to shuffle, drop and augment, without end.
       num_labels: The most labels an image may have.
+      text: For images that bring a caption: `tokens`, T of a row, and the arguments of
+        `tokenizer.open_tokenizer`. Images without a caption of use are left out.
       codec: What decodes and resizes; see `codec.choose`. Pixels depend on it.
       threads, workers, prefetch: As in `Stream`.
 
@@ -204,6 +233,11 @@ def open_stream(
     """
     codecs.choose(codec)
     opened, weights = open_sources(sources)
+    text_tokens, tokenizer = open_text(text) if text else (0, None)
+    captions = []
+    if tokenizer:
+        pairs = [(source, caption_lengths(source, tokenizer)) for source in opened]
+        opened, captions = zip(*(leave_out(*pair) for pair in pairs), strict=True)
     images = sum(map(len, opened))
     if training and images < rows:
         logging.warning(
@@ -232,8 +266,18 @@ def open_stream(
         jitter=jitter,
         max_side=max_side,
         training=training,
+        captions=captions,
+        text_tokens=text_tokens,
     )
     loader = Loader(
-        tuple(opened), tuple(sources), patch, tokens, slots, num_labels, codec
+        tuple(opened),
+        tuple(sources),
+        patch,
+        tokens,
+        slots,
+        num_labels,
+        codec,
+        tokenizer,
+        text_tokens,
     )
     return Stream(plan, loader, threads, workers, prefetch)

@@ -4,7 +4,10 @@ Rows of image and text are planned from it. Letters: M images, K captions of one
 most, P pairs.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from absl import logging
 from jaxtyping import Float64, Int64, Integer, UInt16
 
 from navit_jax.data import tables
@@ -52,7 +55,7 @@ def caption_lengths(
     if found is None or not found.any():
         raise ConfigError(
             f"source {source.name} has no caption of use: name the feature that holds "
-            "them (caption=...)"
+            "them (caption=...), or the file of a folder's (captions=...)"
         )
     return found
 
@@ -73,6 +76,52 @@ def choose(
     wanted = (u * of_use.sum(1)).astype(np.int64)
     place = (of_use.cumsum(1) <= wanted[:, None]).sum(1)
     return np.where(of_use.any(1), place, -1)
+
+
+def draw_captions(
+    tables: Sequence[np.ndarray],
+    source: Int64[np.ndarray, " M"],
+    index: Int64[np.ndarray, " M"],
+    u: Float64[np.ndarray, " M"],
+) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
+    """Which caption each image of some sources brings, and how many tokens it has.
+
+    Args:
+      tables: `caption_lengths` of each source; none: -1 and 0 for every image.
+      source, index: Of the images.
+      u: As of `choose`; 0 gives the first caption of use.
+    """
+    caption, text = np.full(len(u), -1), np.zeros(len(u), np.int64)
+    for i, table in enumerate(tables):
+        of_it = source == i
+        lengths = np.asarray(table[index[of_it]])
+        caption[of_it] = chosen = choose(u[of_it], lengths)
+        # The last is 0 too where none is of use.
+        text[of_it] = np.take_along_axis(lengths, chosen[:, None], 1)[:, 0]
+    return caption, text
+
+
+def leave_out(
+    source: StoredSource, lengths: UInt16[np.ndarray, "M K"]
+) -> tuple[StoredSource, UInt16[np.ndarray, "_ K"]]:
+    """The images that have a caption of use, and their table; logs who is left out."""
+    of_use = lengths.any(1)
+    if of_use.all():
+        return source, lengths
+    indices = np.flatnonzero(of_use).astype(np.int32)
+    logging.warning(
+        "%s: %d of %d images have no caption of use and are left out",
+        source.name, len(source) - len(indices), len(source),
+    )  # fmt: skip
+    groups = getattr(source, "groups", None)
+    original_sizes = getattr(source, "original_sizes", None)
+    selection = Selection(
+        source,
+        indices,
+        None if groups is None else groups[indices],
+        None if original_sizes is None else original_sizes[indices],
+    )
+    return selection, lengths[indices]
 
 
 def list_pairs(lengths: Integer[np.ndarray, "M K"]) -> Int64[np.ndarray, "P 2"]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64, UInt16
 from PIL import Image, ImageOps
 
 from navit_jax.data import Stream, modes, resolution, sizes
@@ -108,6 +109,47 @@ ONE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
+def count_patches(
+    table: UInt16[np.ndarray, "M 2"],
+    law: resolution.Law,
+    patch: int,
+    upscale: bool,
+    square: bool,
+    max_side: int | None,
+) -> Int64[np.ndarray, " M"]:
+    """The patches of each picture by a law that draws nothing, LONGEST at most."""
+    whole = np.zeros(len(table))
+    side = law(whole, table.astype(np.int64))
+    grids = resolution.grids(table, side, patch, upscale, square)
+    return resolution.limit(grids, table, whole, LONGEST, max_side)[1]
+
+
+def row_length(tokens: int, needed: int) -> int:
+    """A length of rows, doubled until a picture of the needed patches fits."""
+    while tokens < needed:
+        tokens *= 2
+    return tokens
+
+
+def lengthen(stream: Stream, shards: int) -> Stream:
+    """A pass over one source in rows that its longest picture needs.
+
+    A batch has as many fewer of them, but one for each of the shards that split rows.
+    """
+    plan = stream.plan
+    lengths = count_patches(
+        plan.tables[0], plan.resolution, plan.patch, plan.upscale, plan.square,
+        plan.max_side,
+    )  # fmt: skip
+    tokens = row_length(plan.tokens, int(lengths.max()))
+    rows = shards * max(1, plan.rows * plan.tokens // (tokens * shards))
+    return dataclasses.replace(
+        stream,
+        plan=dataclasses.replace(plan, tokens=tokens, rows=rows),
+        loader=dataclasses.replace(stream.loader, num_tokens=tokens),
+    )
+
+
 def plan_pictures(
     source: Source,
     law: resolution.Law,
@@ -136,18 +178,13 @@ def plan_pictures(
         table = sizes.size_table(source)
     else:
         table, _ = sizes.scan(source, threads, quiet=True)
-    whole = np.zeros(len(table))
-    side = law(whole, table.astype(np.int64))
-    grids = resolution.grids(table, side, patch, upscale, square)
-    lengths = resolution.limit(grids, table, whole, LONGEST, max_side)[1]
+    lengths = count_patches(table, law, patch, upscale, square, max_side)
     largest = law.largest or 0
     if not upscale:
         largest = min(largest, math.sqrt(table.prod(1, dtype=np.int64).max()))
     # The plan wants room for a square image of that side, whether there is one or not.
     needed = max(int(lengths.max()), (int(largest) // patch) ** 2)
-    length = tokens
-    while length < needed:
-        length *= 2
+    length = row_length(tokens, needed)
     wanted = lengths.sum() / (length * devices)
     rows = min(2 ** max(0, math.ceil(math.log2(wanted))), ROWS * tokens // length)
     plan = Plan(

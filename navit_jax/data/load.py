@@ -1,6 +1,6 @@
 """Reads the images of planned rows: record, decode, patchify, drop, in one place.
 
-n tokens of one image.
+n tokens of one image or text.
 """
 
 import collections
@@ -12,9 +12,11 @@ import numpy as np
 
 from navit_jax.batch import PackedBatch
 from navit_jax.data import images, patches
-from navit_jax.data.pack import LoadedImage, pack_rows
-from navit_jax.data.records import Source
+from navit_jax.data.pack import NO_TEXT, LoadedImage, pack_rows
+from navit_jax.data.records import Record, Source, cache_folder
+from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.data.window import PlannedRow
+from navit_jax.errors import DataError
 
 
 class LoadedRows(NamedTuple):
@@ -35,6 +37,8 @@ class Loader:
       num_tokens, num_slots: L and N.
       num_labels: The most labels an image may have.
       codec: A name for `codec.choose`.
+      tokenizer: Of the captions that images bring; None where they bring none.
+      num_text: T; 0 where images bring no texts.
     """
 
     sources: tuple[Source, ...]
@@ -44,6 +48,8 @@ class Loader:
     num_slots: int
     num_labels: int
     codec: str = "auto"
+    tokenizer: Tokenizer | None = None
+    num_text: int = 0
 
     def load(self, rows: Sequence[PlannedRow]) -> LoadedRows:
         """Loads every image of the rows; one that can not be used has no tokens."""
@@ -68,7 +74,8 @@ class Loader:
     def pack(self, rows: Sequence[Sequence[LoadedImage]]) -> PackedBatch:
         """Writes loaded rows into the arrays of a batch."""
         values = self.patch * self.patch * 3
-        return pack_rows(rows, self.num_tokens, self.num_slots, values, self.num_labels)
+        sizes = (self.num_tokens, self.num_slots, values, self.num_labels)
+        return pack_rows(rows, *sizes, self.num_text)
 
     def _image(
         self,
@@ -86,6 +93,7 @@ class Loader:
             skipped.append((name := f"{prefix}:#{index}", reason))
             return self._unusable(row, i, name)
         name = f"{prefix}:{record.key}"
+        text = self._text(record, row, i, name)
         rows, columns = grid = (int(row.grid[i, 0]), int(row.grid[i, 1]))
         try:
             pixels, odd = images.read(
@@ -98,7 +106,7 @@ class Loader:
             )
         except images.BadImage as error:
             skipped.append((name, error.reason))
-            return self._unusable(row, i, name)
+            return self._unusable(row, i, name, text)
         notes.update(odd)
         if (row.jitter[i] != 1).any():
             pixels = images.jitter(pixels, *row.jitter[i].tolist())
@@ -113,9 +121,33 @@ class Loader:
             image_id=(int(row.source[i]), int(row.index[i])),
             labels=record.labels,
             name=name,
+            text=text,
         )
 
-    def _unusable(self, row: PlannedRow, i: int, name: str) -> LoadedImage:
+    def _text(self, record: Record, row: PlannedRow, i: int, name: str) -> np.ndarray:
+        """The tokens of the caption that an image brings.
+
+        Raises:
+          DataError: they are not as many as planned.
+        """
+        caption, planned = int(row.caption[i]), int(row.text[i])
+        if self.tokenizer is None or caption < 0:
+            return NO_TEXT
+        # A record may have lost captions since.
+        found = [self.tokenizer.encode(text) for text in record.captions[caption:][:1]]
+        if not found or len(found[0]) != planned:
+            folder = getattr(self.sources[row.source[i]], "folder", "its folder")
+            raise DataError(
+                f"{name}: caption {caption} has {len(found[0]) if found else 0} tokens,"
+                f" the table of caption lengths says {planned}: the data changed after "
+                f"it was scanned; remove captions-*.npy in {folder} and in "
+                f"{cache_folder() / 'captions'}, and start again"
+            )
+        return found[0]
+
+    def _unusable(
+        self, row: PlannedRow, i: int, name: str, text: np.ndarray = NO_TEXT
+    ) -> LoadedImage:
         return LoadedImage(
             patches=np.zeros((0, self.patch * self.patch * 3), np.uint8),
             coords=np.zeros((0, 2), np.int32),
@@ -123,4 +155,5 @@ class Loader:
             image_id=(int(row.source[i]), int(row.index[i])),
             labels=(),
             name=name,
+            text=text,
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
+from navit_jax.data import draws
 from navit_jax.errors import ConfigError
 
 PERIOD = 4096
@@ -70,6 +71,20 @@ class Mixture:
         taken = period * np.array(self.quotas)[source] + ranks[place]
         epoch, place = np.divmod(taken, np.array(self.sizes)[source])
         return source, epoch, place
+
+    def shuffle(
+        self, positions: Int64[np.ndarray, " M"], seed: int
+    ) -> tuple[
+        Int64[np.ndarray, " M"], Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]
+    ]:
+        """As `locate`, each epoch of each source in a random order of its own."""
+        source, epoch, index = self.locate(positions)
+        for i, size in enumerate(self.sizes):
+            for e in np.unique(epoch[source == i]).tolist():
+                at = (source == i) & (epoch == e)
+                # Beyond 64 bits, so that no other seed shares a source's order.
+                index[at] = draws.permute(index[at], size, seed + (i << 64), e)
+        return source, epoch, index
 
     def longest_window(self) -> int:
         """Images in a row in which no source gives more than it has; at least 1."""

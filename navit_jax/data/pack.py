@@ -1,16 +1,18 @@
 """Writes the images of planned rows into the arrays of a packed batch.
 
 Shapes: B rows, L tokens a row, N image slots a row, P values a patch, K labels an
-image at most, n tokens of one image.
+image at most, T text tokens a row, n tokens of one image or text.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from navit_jax.batch import PackedBatch
 from navit_jax.errors import DataError
+
+NO_TEXT = np.zeros(0, np.int32)
 
 
 class LoadedImage(NamedTuple):
@@ -23,6 +25,7 @@ class LoadedImage(NamedTuple):
       image_id: (source, index).
       labels: Class indices.
       name: What to call the image in messages.
+      text: [n] int32, the tokens of the caption it brings; [0] without.
     """
 
     patches: np.ndarray
@@ -31,6 +34,7 @@ class LoadedImage(NamedTuple):
     image_id: tuple[int, int]
     labels: tuple[int, ...]
     name: str
+    text: np.ndarray = NO_TEXT
 
 
 def pack_rows(
@@ -39,6 +43,7 @@ def pack_rows(
     num_slots: int,
     patch_values: int,
     num_labels: int,
+    num_text: int = 0,
 ) -> PackedBatch:
     """Packs rows of images; slot i of a row is its i-th image.
 
@@ -46,7 +51,10 @@ def pack_rows(
 
     Args:
       rows: The images of each row; an empty row is all padding.
-      num_labels: K, the most labels an image may have; unused ones are -1.
+      num_labels: K, the most labels an image may have; unused ones are -1. 0: the batch
+        has none, whatever the images have.
+      num_text: T; 0: the batch has no texts, and the leaves of `pack_texts` are not in
+        its targets.
 
     Raises:
       DataError: an image has more labels than K.
@@ -73,12 +81,13 @@ def pack_rows(
             segment_ids[b, start:stop] = i + 1
             grids[b, i] = image.grid
             image_mask[b, i] = True
-            if len(image.labels) > num_labels:
+            if len(image.labels) > num_labels > 0:
                 raise DataError(
                     f"{image.name} has {len(image.labels)} labels; raise "
                     f"config.data.num_labels={num_labels}"
                 )
-            labels[b, i, : len(image.labels)] = image.labels
+            own = image.labels[:num_labels]
+            labels[b, i, : len(own)] = own
             start = stop
     return PackedBatch(
         patches=patches,
@@ -87,5 +96,34 @@ def pack_rows(
         grids=grids,
         image_mask=image_mask,
         image_ids=image_ids,
-        targets={"labels": labels},
+        targets={"labels": labels, **(pack_texts(rows, num_text) if num_text else {})},
     )
+
+
+def pack_texts(rows: Sequence[Sequence[LoadedImage]], num_text: int) -> dict[str, Any]:
+    """The texts of rows of images, each with the number of its image.
+
+    An image that could not be used keeps its text: the slot is no pair all the same.
+
+    Returns:
+      `text_tokens` [B T] int32; `text_coords` [B T 1] int32, place of the token in its
+      text; `text_segment_ids` [B T] int32, 1 + slot of the image. Padding is told by
+      segment id 0 alone: token 0 may be a word.
+    """
+    tokens = np.zeros((len(rows), num_text), np.int32)
+    coords = np.zeros((len(rows), num_text, 1), np.int32)
+    segment_ids = np.zeros((len(rows), num_text), np.int32)
+    for b, images in enumerate(rows):
+        start = 0
+        for i, image in enumerate(images):
+            stop = start + len(image.text)
+            assert stop <= num_text, "the plan keeps to the text tokens of a row"
+            tokens[b, start:stop] = image.text
+            coords[b, start:stop, 0] = np.arange(stop - start)
+            segment_ids[b, start:stop] = i + 1
+            start = stop
+    return {
+        "text_tokens": tokens,
+        "text_coords": coords,
+        "text_segment_ids": segment_ids,
+    }

@@ -1,8 +1,8 @@
 r"""Assigns images to rows of tokens, given only how long they are.
 
-M images, K budgets of a row: image tokens and, with captions, text tokens; the padding
-of budget 0 is what counts. One core places 4 million images a second by best fit, 5 by
-closing:
+M images, K budgets of a row: image tokens and, with captions, text tokens
+(`pair_packers.py`); the padding of budget 0 is what counts. One core places 4 million
+images a second by best fit, 5 by closing:
 
   python -m timeit -p -s "import numpy as np
   from navit_jax.data.packers import assign_rows
@@ -11,12 +11,14 @@ closing:
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
 from navit_jax.config import nearest
+from navit_jax.data import pair_packers
 from navit_jax.errors import ConfigError, DataError
 
 Lengths = Int64[np.ndarray, "M K"]
@@ -28,53 +30,30 @@ Packer = Callable[[Lengths, Sequence[int], int], list[int]]
 CLOSE_BELOW = 1.25
 
 
-def _fits(needs: Sequence[int], rest: Sequence[int]) -> bool:
-    return all(need <= left for need, left in zip(needs, rest, strict=True))
-
-
-def _subtract(rest: Sequence[int], needs: Sequence[int]) -> list[int]:
-    return [left - need for need, left in zip(needs, rest, strict=True)]
-
-
 def best_fit(lengths: Lengths, capacity: Sequence[int], num_slots: int) -> list[int]:
-    """Puts each image, in order, where the least room of budget 0 suffices.
+    """Puts each image, in order, where the least room suffices.
 
-    Only rows with room in every budget count; among equals, the one used last.
+    Among rows with equal room, in the one used last.
     """
+    if len(capacity) == 2:
+        return pair_packers.best_fit(lengths, capacity, num_slots)
     # Open rows are stacked by their room; a bit of `occupied` is a room that some row
     # has. So the search is a shift and a lowest bit.
     stacks: list[list[int]] = [[] for _ in range(capacity[0] + 1)]
     bits = [1 << room for room in range(capacity[0] + 1)]
     occupied = 0
     shortest = int(lengths[:, 0].min())
-    one_budget = len(capacity) == 1
-    needs = [] if one_budget else lengths.tolist()
     num_images: list[int] = []
-    rests: list[Sequence[int]] = []
     rows: list[int] = []
     for n in lengths[:, 0].tolist():
-        fitting = occupied >> n
-        while fitting:
+        if fitting := occupied >> n:
             room = n + (fitting & -fitting).bit_length() - 1
-            stack = stacks[room]
-            if one_budget:
-                row = stack.pop()
-            else:
-                needed = needs[len(rows)]
-                at = [i for i, row in enumerate(stack) if _fits(needed, rests[row])]
-                if not at:
-                    fitting &= fitting - 1
-                    continue
-                row = stack.pop(at[-1])
-            if not stack:
+            row = stacks[room].pop()
+            if not stacks[room]:
                 occupied ^= bits[room]
-            break
         else:
             room, row = capacity[0], len(num_images)
             num_images.append(0)
-            rests.append(capacity)
-        if not one_budget:
-            rests[row] = _subtract(rests[row], needs[len(rows)])
         rows.append(row)
         num_images[row] += 1
         room -= n
@@ -92,6 +71,8 @@ def closing(lengths: Lengths, capacity: Sequence[int], num_slots: int) -> list[i
     It is ended when the next image does not fit, or when there is little more room than
     the longest remaining image needs: so long images end rows too, and short ones last.
     """
+    if len(capacity) == 2:
+        return pair_packers.closing(lengths, capacity, num_slots, CLOSE_BELOW)
     bits = [1 << n for n in range(capacity[0] + 1)]
     up_to = [(2 << n) - 1 for n in range(capacity[0] + 1)]
     waiting: list[list[int]] = [[] for _ in range(capacity[0] + 1)]
@@ -101,10 +82,8 @@ def closing(lengths: Lengths, capacity: Sequence[int], num_slots: int) -> list[i
     # Images placed in order stay in the front of their lists; these are the others.
     num_waiting = [len(images) for images in waiting]
     present = sum(bits[n] for n in range(capacity[0] + 1) if num_waiting[n])
-    one_budget = len(capacity) == 1
-    needs = [] if one_budget else lengths.tolist()
     rows = [-1] * len(lengths)
-    row, room, slots, rest = 0, capacity[0], num_slots, capacity
+    row, room, slots = 0, capacity[0], num_slots
     for i, n in enumerate(first):
         if rows[i] >= 0:
             continue
@@ -112,32 +91,18 @@ def closing(lengths: Lengths, capacity: Sequence[int], num_slots: int) -> list[i
             n > room
             or not slots
             or (slots < num_slots and room <= CLOSE_BELOW * (present.bit_length() - 1))
-            or not (one_budget or _fits(needs[i], rest))
         ):
             candidates = present & up_to[room]
             while slots and candidates:
                 k = candidates.bit_length() - 1
-                if one_budget:
-                    last = waiting[k].pop()
-                else:
-                    at = [
-                        j
-                        for j, image in enumerate(waiting[k])
-                        if rows[image] < 0 and _fits(needs[image], rest)
-                    ]
-                    if not at:
-                        candidates &= ~bits[k]
-                        continue
-                    last = waiting[k].pop(at[-1])
-                    rest = _subtract(rest, needs[last])
-                rows[last] = row
+                rows[waiting[k].pop()] = row
                 num_waiting[k] -= 1
                 if not num_waiting[k]:
                     present ^= bits[k]
                 room -= k
                 slots -= 1
                 candidates &= present & up_to[room]
-            row, room, slots, rest = row + 1, capacity[0], num_slots, capacity
+            row, room, slots = row + 1, capacity[0], num_slots
             if rows[i] >= 0:
                 continue
         rows[i] = row
@@ -146,8 +111,6 @@ def closing(lengths: Lengths, capacity: Sequence[int], num_slots: int) -> list[i
             present ^= bits[n]
         room -= n
         slots -= 1
-        if not one_budget:
-            rest = _subtract(rest, needs[i])
     return rows
 
 
@@ -172,7 +135,7 @@ def first_fit(
     for needs in lengths.tolist():
         n = needs[0]
         for row in pool:
-            if n <= rests[row][0] and _fits(needs, rests[row]):
+            if n <= rests[row][0] and all(map(operator.le, needs, rests[row])):
                 break
         else:
             if len(pool) == open_rows:
@@ -183,7 +146,7 @@ def first_fit(
             rests.append(capacity)
         rows.append(row)
         num_images[row] += 1
-        rests[row] = _subtract(rests[row], needs)
+        rests[row] = list(map(operator.sub, rests[row], needs))
         if num_images[row] == num_slots:
             pool.remove(row)
     return rows
@@ -227,7 +190,7 @@ def assign_rows(
     """The row of each image, numbered from 0 in the order of their opening.
 
     Args:
-      lengths: What each image needs of each of the K budgets.
+      lengths: What each image needs of each of the K budgets, one or two.
       capacity: What a row has of each.
       num_slots: Images in a row, at most.
       packer: A name for `choose`.
@@ -237,8 +200,11 @@ def assign_rows(
     Raises:
       ConfigError: there is no such packer.
       DataError: an image needs more than a row has, or less than nothing.
+      ValueError: more than two budgets.
     """
     pack = choose(packer)
+    if not 1 <= len(capacity) <= 2:
+        raise ValueError(f"capacity={capacity}: give image tokens and, at most, text")
     if not len(lengths):
         return np.zeros(0, np.int64)
     bad = np.flatnonzero(((lengths > np.array(capacity)) | (lengths < 0)).any(1))

@@ -6,7 +6,6 @@ All of it is a function of the size tables and the arguments of `Plan`. M images
 import dataclasses
 import functools
 import hashlib
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,10 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from navit_jax.data import crop as crops
-from navit_jax.data import draws, packers
+from navit_jax.data import draws, mapped, packers
 from navit_jax.data import resolution as resolutions
 from navit_jax.data import token_drop as token_drops
+from navit_jax.data.captions import draw_captions
 from navit_jax.data.mixture import Mixture
 from navit_jax.data.window import PlannedRow, PlannedWindow, summarize
 from navit_jax.errors import ConfigError, DataError
@@ -55,7 +55,10 @@ class Plan:
       jitter: Colour factors are uniform in [1 - jitter, 1 + jitter], in training.
       max_side: Longest side in patches, the length of the position table; None: any.
       training: False plans each image once, in the order of the table, without
-        shuffling, dropping, crop, flip and jitter.
+        shuffling, dropping, crop, flip and jitter, and with its first caption.
+      captions: For each source, [M K] tokens of each caption; see `captions.py`.
+        Without: no image brings a text.
+      text_tokens: T, text tokens of a row.
 
     Raises:
       ConfigError: an argument that can not work, named with the remedy.
@@ -82,6 +85,8 @@ class Plan:
     jitter: float | int = 0.0
     max_side: int | None = None
     training: bool = True
+    captions: Sequence[np.ndarray] = ()
+    text_tokens: int = 0
 
     def __post_init__(self):
         for i, table in enumerate(self.tables):
@@ -176,7 +181,8 @@ class Plan:
         number = self.number(epoch, window)
         start = self.images_before(number)
         images = self._draw(np.arange(start, self.images_before(number + 1)))
-        lengths, capacity = images.kept[:, None], [self.tokens]
+        capacity = self.capacity
+        lengths = images.lengths[:, : len(capacity)]
         rows = packers.assign_rows(lengths, capacity, self.slots, self.packer)
         if self.fill:
             full = images.grid.prod(1)
@@ -190,20 +196,24 @@ class Plan:
         starts = np.searchsorted(rows[order], np.arange(num_rows + 1))
         return PlannedWindow(PlannedRow(*(field[order] for field in images)), starts)
 
+    @property
+    def capacity(self) -> list[int]:
+        """What a row has room for: image tokens and, with captions, text tokens."""
+        return [self.tokens, self.text_tokens] if self.captions else [self.tokens]
+
     def _rates(self, u: np.ndarray, tokens: np.ndarray, seen: np.ndarray) -> np.ndarray:
         return self.token_drop(u, tokens, seen) if self.training else np.zeros(len(u))
 
     def _draw(self, positions: Int64[np.ndarray, " M"]) -> PlannedRow:
         """The images at positions of the stream, with all that is drawn for them."""
         M = len(positions)
-        source, epoch, index = self.mixture.locate(positions)
+        source, epoch, index = (
+            self.mixture.shuffle(positions, self.seed)
+            if self.training
+            else self.mixture.locate(positions)
+        )
         size = np.empty((M, 2), np.int64)
         for i, table in enumerate(self.tables):
-            for e in np.unique(epoch[source == i]).tolist() if self.training else []:
-                at = (source == i) & (epoch == e)
-                # Beyond 64 bits, so that no other seed shares a source's order.
-                seed = self.seed + (i << 64)
-                index[at] = draws.permute(index[at], len(table), seed, e)
             size[source == i] = table[index[source == i]]
         ids = source << 40 | index
 
@@ -225,6 +235,8 @@ class Plan:
             jitter += self.jitter * (2 * np.stack([draw(x) for x in names], 1) - 1)
         if self.training and self.flip:
             flip = draw("flip") < self.flip
+        u = draw("caption") if self.training and self.captions else np.zeros(M)
+        caption, text = draw_captions(self.captions, source, index, u)
         return PlannedRow(
             source=source,
             index=index,
@@ -237,14 +249,19 @@ class Plan:
             jitter=jitter,
             shrunk=shrunk,
             images_seen=positions,
+            caption=caption,
+            text=text,
         )
 
     def fingerprint(self) -> str:
         """Short and hexadecimal; differs if any planned row may differ."""
         digest = hashlib.blake2b(f"plan {PLAN_VERSION}".encode(), digest_size=8)
+        # Plans without text keep the fingerprint of before there were texts.
+        without = ["captions"] if self.captions else ["captions", "text_tokens"]
         for field in dataclasses.fields(self)[1:]:
-            digest.update(f"{field.name}={getattr(self, field.name)!r};".encode())
-        for table in self.tables:
+            if field.name not in without:
+                digest.update(f"{field.name}={getattr(self, field.name)!r};".encode())
+        for table in [*self.tables, *self.captions]:
             digest.update(f"{len(table)} images;".encode())
             for start in range(0, len(table), 1 << 20):
                 digest.update(table[start : start + (1 << 20)].astype("<u4").tobytes())
@@ -262,32 +279,21 @@ class Plan:
     def report(self, windows: int = 1) -> dict[str, Any]:
         """What the first windows of the stream are like, without reading a pixel.
 
-        Returns:
-          `rows`, `images`, `tokens` counted; `padding`, a share of the tokens;
-          `images_per_row`; `slot_use`, a share of the slots; `full_rows`, share of rows
-          without a free slot; `attention_work`, sum of squared lengths over that of
-          dense rows; `shrunk`, images that had to be; `source_shares`; `enough_slots`,
-          the fewest that cost less than 0.05 points of padding.
+        The entries are those of `summarize`.
         """
         numbers = [i for i in range(windows) if not self.is_over(i)]
         planned = [self.plan_window(*self.label(i)) for i in numbers]
         sources = len(self.tables)
-        return summarize(planned, self.tokens, self.slots, self.packer, sources)
+        return summarize(planned, self.capacity, self.slots, self.packer, sources)
 
     def __reduce__(self):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["tables"] = [_by_name(table) for table in self.tables]
+        for name in ("tables", "captions"):
+            fields[name] = mapped.by_name(fields[name])
         return _rebuild, (fields,)
 
 
-def _by_name(table: np.ndarray) -> Any:
-    """How to map a table again, if it is a whole mapped file; else the table."""
-    if not (isinstance(table, np.memmap) and isinstance(table.base, mmap.mmap)):
-        return table
-    place = (table.filename, table.dtype, "r", table.offset, table.shape)
-    return functools.partial(np.memmap, *place)
-
-
 def _rebuild(fields: dict[str, Any]) -> Plan:
-    tables = [table() if callable(table) else table for table in fields["tables"]]
-    return Plan(**{**fields, "tables": tables})
+    for name in ("tables", "captions"):
+        fields[name] = mapped.map_again(fields[name])
+    return Plan(**fields)

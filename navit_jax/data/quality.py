@@ -83,10 +83,11 @@ class Named:
 
     Attributes:
       what: Is said of them.
+      level: Of the log.
     """
 
-    def __init__(self, what: str, most: int = 100):
-        self.what, self.most = what, most
+    def __init__(self, what: str, level: int = logging.INFO, most: int = 100):
+        self.what, self.level, self.most = what, level, most
         self._told: set[str] = set()
 
     def note(self, names: Sequence[str]) -> None:
@@ -96,4 +97,5 @@ class Named:
         if new and room > 0:
             self._told.update(new[:room])
             more = ", ...; no more are named" if len(new) >= room else ""
-            logging.info("%s: %s%s", self.what, ", ".join(new[:room]), more)
+            names = ", ".join(new[:room])
+            logging.log(self.level, "%s: %s%s", self.what, names, more)

@@ -9,6 +9,8 @@ import importlib
 import pathlib
 from typing import Any, Protocol, runtime_checkable
 
+from etils import epath
+
 from navit_jax.errors import ConfigError
 
 
@@ -122,7 +124,7 @@ def read(path: str | pathlib.Path, marks: bool) -> Vocabulary:
       ConfigError: there is no such file, it is no vocabulary, or the library that reads
         it is not installed.
     """
-    file = pathlib.Path(path).expanduser()
+    file = epath.Path(path).expanduser()
     try:
         contents = file.read_bytes()
     except OSError as error:

@@ -4,6 +4,7 @@ n images of a row, or all of a window.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ class PlannedRow(NamedTuple):
       jitter: [n 3] float64, factors of brightness, contrast and saturation; 1 is none.
       shrunk: [n] bool, planned below its drawn size to fit a row or the position table.
       images_seen: [n] int64, images of the stream before this one, failures included.
+      caption: [n] int64, place in `Record.captions` of the one it brings; -1 for none.
+      text: [n] int64, tokens of that caption; 0 without.
     """
 
     source: np.ndarray
@@ -42,6 +45,13 @@ class PlannedRow(NamedTuple):
     jitter: np.ndarray
     shrunk: np.ndarray
     images_seen: np.ndarray
+    caption: np.ndarray
+    text: np.ndarray
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "n 2"]:
+        """Tokens of image and text: what each needs of the budgets of a row."""
+        return np.stack([self.kept, self.text], 1)
 
 
 EMPTY = PlannedRow(
@@ -56,6 +66,8 @@ EMPTY = PlannedRow(
     jitter=np.zeros((0, 3)),
     shrunk=np.zeros(0, bool),
     images_seen=np.zeros(0, np.int64),
+    caption=np.zeros(0, np.int64),
+    text=np.zeros(0, np.int64),
 )
 
 
@@ -83,18 +95,33 @@ class PlannedWindow:
 
 def summarize(
     windows: list[PlannedWindow],
-    num_tokens: int,
+    capacity: Sequence[int],
     num_slots: int,
     packer: str,
     num_sources: int,
 ) -> dict[str, Any]:
-    """What the packing of some windows is like; see `Plan.report` for the entries."""
+    """What the packing of some windows is like.
+
+    Args:
+      capacity: Image tokens of a row and, with captions, text tokens.
+
+    Returns:
+      `rows`, `images`, `tokens` counted; `padding`, a share of the tokens;
+      `images_per_row`; `slot_use`, a share of the slots; `full_rows`, share of rows
+      without a free slot; `attention_work`, sum of squared lengths over that of dense
+      rows; `shrunk`, images that had to be; `source_shares`; `enough_slots`, the fewest
+      that cost less than 0.05 points of padding. With captions also `text_tokens`
+      counted; `text_padding`, a share of the text tokens; `enough_text`.
+    """
+    num_tokens = capacity[0]
     rows = sum(len(window) for window in windows)
     kept = np.concatenate([window.images.kept for window in windows])
     shrunk = np.concatenate([window.images.shrunk for window in windows])
     source = np.concatenate([window.images.source for window in windows])
     used = np.concatenate([np.diff(window.starts) for window in windows])
-    return {
+    first = windows[0].images
+    lengths = first.lengths[np.argsort(first.images_seen), : len(capacity)]
+    report = {
         "rows": rows,
         "images": len(kept),
         "tokens": int(kept.sum()),
@@ -107,27 +134,60 @@ def summarize(
         "source_shares": (
             np.bincount(source, minlength=num_sources) / len(source)
         ).tolist(),
-        "enough_slots": enough_slots(
-            windows[0].images.kept[np.argsort(windows[0].images.images_seen)],
-            num_tokens,
-            packer,
-        ),
+        "enough_slots": enough_slots(lengths, capacity, packer),
     }
+    if len(capacity) > 1:
+        text = sum(int(window.images.text.sum()) for window in windows)
+        report["text_tokens"] = text
+        report["text_padding"] = 1 - text / (rows * capacity[1])
+        report["enough_text"] = enough_text(lengths, num_tokens, num_slots, packer)
+    return report
 
 
-def enough_slots(lengths: Int64[np.ndarray, " M"], num_tokens: int, packer: str) -> int:
+def image_padding(
+    lengths: Int64[np.ndarray, "M K"],
+    capacity: Sequence[int],
+    num_slots: int,
+    packer: str,
+) -> float:
+    """The share of the image tokens that hold no image, packed in the order given."""
+    rows = assign_rows(lengths, capacity, num_slots, packer)
+    return 1 - int(lengths[:, 0].sum()) / ((int(rows.max()) + 1) * capacity[0])
+
+
+def enough_slots(
+    lengths: Int64[np.ndarray, "M K"], capacity: Sequence[int], packer: str
+) -> int:
     """The fewest image slots a row that cost less than 0.05 points of padding.
 
     Against rows with a slot for each of their tokens; found by bisection.
     """
-
-    def padding(num_slots: int) -> float:
-        rows = assign_rows(lengths[:, None], [num_tokens], num_slots, packer)
-        return 1 - lengths.sum() / ((rows.max() + 1) * num_tokens)
-
-    bound = padding(num_tokens) + 0.0005
-    low, high = 0, num_tokens
+    bound = image_padding(lengths, capacity, capacity[0], packer) + 0.0005
+    low, high = 0, capacity[0]
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if padding(middle) < bound else (middle, high)
+        enough = image_padding(lengths, capacity, middle, packer) < bound
+        low, high = (low, middle) if enough else (middle, high)
     return high
+
+
+def enough_text(
+    lengths: Int64[np.ndarray, "M 2"], num_tokens: int, num_slots: int, packer: str
+) -> int:
+    """The fewest text tokens a row, a multiple of 8, that pad few image tokens.
+
+    Few are 1.5 %, or 0.1 points more than without texts if these are more: image tokens
+    cost most, and text tokens that only spare a little more of them would be padding
+    themselves. Found by bisection; no text is longer.
+    """
+    alone = image_padding(lengths[:, :1], [num_tokens], num_slots, packer)
+    bound = max(0.015, alone + 0.001)
+    longest = int(lengths[:, 1].max())
+    # With the higher one every row has room for any texts.
+    low, high = (longest - 1) // 8, -(-longest * num_slots // 8)
+    while high - low > 1:
+        middle = (low + high) // 2
+        capacity = [num_tokens, 8 * middle]
+        enough = image_padding(lengths, capacity, num_slots, packer) <= bound
+        low, high = (low, middle) if enough else (middle, high)
+    return 8 * high

@@ -80,6 +80,26 @@ def sigmoid_loss(
     return lax.psum(own, ring.axes) / jnp.maximum(peers.counts.sum(), 1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def clamp(x: Float[Array, ""], most: float | int) -> Float[Array, ""]:
+    """The smaller one; past the end only a gradient that leads back counts.
+
+    A gradient of 0 alone would keep there for ever what has stepped over the end.
+    """
+    return jnp.minimum(x, most)
+
+
+def _clamp(x: Array, most: float | int) -> tuple[Array, Array]:
+    return clamp(x, most), x
+
+
+def _clamp_gradient(most: float | int, x: Array, gradient: Array) -> tuple[Array]:
+    return (jnp.where((x < most) | (gradient > 0), gradient, 0),)
+
+
+clamp.defvjp(_clamp, _clamp_gradient)
+
+
 def _share(peers: rings.Peers, x: Any) -> Float[Array, ""]:
     """A number that all devices have, as this device's own.
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from navit_jax.errors import ConfigError
 from navit_jax.models import attention_kernels
 from navit_jax.models.attention_blocks import blocks
 from navit_jax.models.choices import pick
+from navit_jax.models.device_rows import free_axes, row_axes
 
-ROW_AXES = ("replica", "fsdp")
 HEAD_AXIS = "tensor"
 
 
@@ -115,22 +115,12 @@ def _hiding_padding(attend: Attend) -> Attend:
 
 
 def _on_mesh(attend: Attend, num_rows: int, num_heads: int) -> Attend:
-    mesh = jax.sharding.get_abstract_mesh()
-    # Axes that are Manual belong to a shard_map around us, which has split already.
-    ours = {
-        axis: mesh.shape[axis]
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual
-    }
+    ours = free_axes()
     if math.prod(ours.values()) == 1:
         return attend
-
-    def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-        axes = tuple(axis for axis in axes if axis in ours)
-        return axes if size % math.prod(ours[axis] for axis in axes) == 0 else ()
-
-    rows = dividing(ROW_AXES, num_rows)
-    each = PartitionSpec(rows, None, dividing((HEAD_AXIS,), num_heads), None)
+    rows = row_axes(num_rows)
+    heads = HEAD_AXIS if num_heads % ours.get(HEAD_AXIS, num_heads + 1) == 0 else None
+    each = PartitionSpec(rows, None, heads, None)
     return jax.shard_map(
         attend,
         in_specs=(each, each, each, PartitionSpec(rows, None)),

@@ -1,6 +1,7 @@
 """Counts the matrix-product FLOPs of an encoder: useful ones, and with padding.
 
-Two FLOPs a multiply-add. Norms, softmax, GELU, positions and heads are not counted.
+Two FLOPs a multiply-add. Norms, softmax, GELU, positions, tables of words, heads and
+losses are not counted.
 
 Shapes: P values a patch, D width.
 """
@@ -24,8 +25,8 @@ def forward_flops(
     Args:
       tokens: Tokens encoded.
       pairs: Pairs of tokens that attend to each other, sum of n^2 over images.
-      images: Vectors pooled.
-      patch_values: P.
+      images: Vectors pooled, of images or texts.
+      patch_values: P; 0 of texts, which are looked up.
       pooling: "map", "mean" or "none".
     """
     D, depth, hidden = spec.width, spec.depth, spec.mlp

@@ -24,38 +24,20 @@ not they are scanned:
                       and mlp as those of a block, not stacked
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from navit_jax import config
-from navit_jax.errors import ConfigError
-from navit_jax.models import pooling, sizes
+from navit_jax.models import sizes
 from navit_jax.models.choices import pick
-from navit_jax.models.dropout import draw
-from navit_jax.models.layers import Block, layer_norm
 from navit_jax.models.positions import POSITIONS
 from navit_jax.models.rope import Rope
-
-POLICIES = jax.checkpoint_policies
-# What the backward pass of a block keeps from the forward pass.
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "light": POLICIES.save_from_both_policies(
-        POLICIES.save_only_these_names("projected", "attended", "between", "hidden"),
-        # A kernel's results have no names.
-        lambda primitive, *_, **__: primitive.name == "pallas_call",
-    ),
-    "full": POLICIES.nothing_saveable,
-    "dots": POLICIES.dots_saveable,
-    "dots_no_batch": POLICIES.dots_with_no_batch_dims_saveable,
-}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from navit_jax.models.stack import DTYPES, encode
 
 
 def normalise(
@@ -83,8 +65,8 @@ class NaViT(nn.Module):
         and the statistics of layer norms are float32 in both.
       scan: One compiled block run `depth` times; False compiles each. The parameters
         are the same.
-      remat: What the backward pass keeps of a block, one of `REMAT`: "light" keeps
-        the results of matrix products and of attention, and computes norms and
+      remat: What the backward pass keeps of a block, one of `stack.REMAT`: "light"
+        keeps the results of matrix products and of attention, and computes norms and
         activations again (and the L x L weights of `dense`), which is faster where
         memory is slow; "none" keeps everything, "full" nothing.
       drop_path: Rate at which the last block drops a branch of an image.
@@ -121,18 +103,7 @@ class NaViT(nn.Module):
         Raises:
           ConfigError: a width that its heads do not divide.
         """
-        replaced = {
-            name: getattr(self, name)
-            for name in sizes.Spec._fields
-            if getattr(self, name) is not None
-        }
-        spec = sizes.spec(self.size)._replace(**replaced)
-        if spec.width % (2 * spec.num_heads):
-            raise ConfigError(
-                f"config.model.num_heads={spec.num_heads}: the width {spec.width} must"
-                " divide into heads of an even width"
-            )
-        return spec
+        return sizes.replace(sizes.spec(self.size), self, "model")
 
     @property
     def max_side(self) -> int:
@@ -186,72 +157,5 @@ class NaViT(nn.Module):
         if not rotary:
             tokens = (tokens + positions).astype(dtype)
 
-        draws = {}
-        if image_keys is not None:
-            draws = draw(
-                image_keys, slots, coords, spec.depth, self.drop_path, self.dropout
-            )
         angles = positions if rotary else None
-        tokens, _ = self._blocks(spec, dtype)(tokens, draws, segment_ids, angles)
-        tokens = layer_norm(tokens, self.bias_ln, dtype, "norm")
-        tokens = jnp.where(real, tokens, 0)
-        return {"tokens": tokens} | self._pool(tokens, segment_ids, N, spec, dtype)
-
-    def _blocks(self, spec: sizes.Spec, dtype: Any) -> nn.Module:
-        block, policy = Block, pick("model.remat", self.remat, REMAT)
-        if policy is not None:
-            # A loop's iterations are not merged; blocks compiled in a line could be.
-            block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
-            length=spec.depth,
-            unroll=1 if self.scan else spec.depth,
-        )
-        return stack(
-            num_heads=spec.num_heads,
-            hidden=spec.mlp,
-            bias_qkv=self.bias_qkv,
-            bias_ln=self.bias_ln,
-            bias_mlp=self.bias_mlp,
-            qk_norm=self.qk_norm,
-            implementation=self.attention,
-            dropout=self.dropout,
-            dtype=dtype,
-            name="blocks",
-        )
-
-    def _pool(
-        self,
-        tokens: Float[Array, "B L D"],
-        segment_ids: Int[Array, "B L"],
-        num_slots: int,
-        spec: sizes.Spec,
-        dtype: Any,
-    ) -> dict[str, Array]:
-        pool = pick("model.pooling", self.pooling, POOLING)
-        if pool is None:
-            return {}
-        masks = pooling.image_masks(segment_ids, num_slots)
-        return {"pooled": pool(self, spec, dtype)(tokens, masks)}
-
-
-def _map_pool(model: NaViT, spec: sizes.Spec, dtype: Any) -> pooling.AttentionPool:
-    return pooling.AttentionPool(
-        num_heads=spec.num_heads,
-        hidden=spec.mlp,
-        bias_qkv=model.bias_qkv,
-        bias_ln=model.bias_ln,
-        bias_mlp=model.bias_mlp,
-        dtype=dtype,
-        name="pool",
-    )
-
-
-POOLING: dict[str, Callable[..., Any] | None] = {
-    "map": _map_pool,
-    "mean": lambda *_: pooling.mean_pool,
-    "none": None,
-}
+        return encode(self, "model", tokens, coords, segment_ids, N, image_keys, angles)

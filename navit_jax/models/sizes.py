@@ -1,10 +1,11 @@
 """Sizes of vision transformers by one string, `"B/16"`: a name and a patch side.
 
 The shapes are those of ViT and of the scaling papers after it (Zhai et al. 2022;
-Alabdulmohsin et al. 2023); the NaViT paper itself uses B/32, B/16, L/16 and L/14.
+Alabdulmohsin et al. 2023); the NaViT paper itself uses B/32, B/16, L/16 and L/14. A
+tower of texts has the name alone, `"B"`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from navit_jax.config import nearest
 from navit_jax.errors import ConfigError
@@ -54,6 +55,39 @@ def patch_size(size: str) -> int:
       ConfigError: as `spec`.
     """
     return _split(size)[1]
+
+
+def named(name: str, where: str) -> Spec:
+    """The shape that a name like `"B"` stands for.
+
+    Args:
+      where: The field of the config that has it, for messages.
+
+    Raises:
+      ConfigError: the name is not in `SIZES`.
+    """
+    if name not in SIZES:
+        raise ConfigError(f"config.{where}={name!r}: {nearest(name, SIZES)}")
+    return SIZES[name]
+
+
+def replace(spec: Spec, tower: Any, where: str) -> Spec:
+    """The shape, with what the attributes of a tower say in place of it.
+
+    Args:
+      where: The section of the config that the tower is of, for messages.
+
+    Raises:
+      ConfigError: a width that its heads do not divide.
+    """
+    replaced = {name: getattr(tower, name) for name in Spec._fields}
+    spec = spec._replace(**{k: v for k, v in replaced.items() if v is not None})
+    if spec.width % (2 * spec.num_heads):
+        raise ConfigError(
+            f"config.{where}.num_heads={spec.num_heads}: the width {spec.width} must"
+            " divide into heads of an even width"
+        )
+    return spec
 
 
 def _split(size: str) -> tuple[Spec, int]:

@@ -6,6 +6,10 @@ A task is a frozen dataclass of pure functions, with no devices and no optimiser
   loss(params, batch, key, weights) -> (scalar, {name: Mean})
   outputs(params, batch) -> {name: [B N ...] or [B L ...]}
   metrics(params, batch) -> {name: Mean of terms [B N], by image, or [B L], by token}
+
+A task whose loss is no sum over images is a `Coupled` one, with two more:
+  embed(params, batch, key) -> {name: [B N ...]}
+  couple(params, embeddings, batch) -> (scalar, {name: Mean}), of the whole batch
 """
 
 from collections.abc import Mapping
@@ -16,6 +20,7 @@ import jax
 from navit_jax.batch import PackedBatch
 from navit_jax.metrics import Mean
 from navit_jax.tasks.classification import Classification
+from navit_jax.tasks.contrastive import Contrastive
 from navit_jax.tasks.masked_patches import MaskedPatches
 
 
@@ -52,4 +57,31 @@ class Task(Protocol):
         ...
 
 
-TASKS = {"classification": Classification, "masked_patches": MaskedPatches}
+@runtime_checkable
+class Coupled(Task, Protocol):
+    """A task whose loss depends on all images at once, through their embeddings alone.
+
+    `loss` is `couple` of `embed`, and needs the whole batch.
+    """
+
+    def embed(
+        self, params: Mapping[str, Any], batch: PackedBatch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Arrays by slot; the same for an image in whatever part of the batch it is."""
+        ...
+
+    def couple(
+        self,
+        params: Mapping[str, Any],
+        embeddings: dict[str, jax.Array],
+        batch: PackedBatch,
+    ) -> tuple[jax.Array, dict[str, Mean]]:
+        """The loss of the embeddings of the whole batch."""
+        ...
+
+
+TASKS = {
+    "classification": Classification,
+    "contrastive": Contrastive,
+    "masked_patches": MaskedPatches,
+}

@@ -1,0 +1,298 @@
+"""The kinds of evaluation, by `config.evals.<set>.name`.
+
+A judge is a frozen dataclass of pure functions; its attributes are keys of the set:
+  read(source, training) -> what is asked of the set, once; its texts are embedded
+  compute(task, params, batch) -> arrays by slot (terms of means: by slot or token)
+  conclude(asked, texts, found, index, source) -> {metric: value} of all batches
+
+M images of a set that can be used, S texts, P pairs, E embedding width.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Float, Int
+
+from navit_jax import calibration, retrieval, zero_shot
+from navit_jax import config as config_lib
+from navit_jax.batch import PackedBatch
+from navit_jax.data.bad_image import BadImage
+from navit_jax.data.records import Record, Source
+from navit_jax.errors import ConfigError
+from navit_jax.metrics import Mean, interval_by_group
+from navit_jax.tasks import Task
+
+# Captions of larger training sets are not searched for the names of classes.
+SEARCHED = 100_000
+Training = Callable[[], Sequence[Source]]
+
+
+class Asked(NamedTuple):
+    """What is asked of a set.
+
+    Attributes:
+      texts: To be embedded.
+      pairs: [P 2] (image, text), or (image, class).
+      absent: [C], the classes whose names no training caption holds, if known.
+    """
+
+    texts: list[str]
+    pairs: Int[np.ndarray, "P 2"]
+    absent: np.ndarray | None = None
+
+
+class Texts(NamedTuple):
+    """Embeddings [S E], and whether the tokenizer knows the text [S]."""
+
+    vectors: np.ndarray
+    known: np.ndarray
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """One kind of evaluation."""
+
+    def read(self, source: Source, training: Training) -> Asked:
+        """What is asked of the set, whatever the parameters."""
+        ...
+
+    @property
+    def compute(self) -> Callable[[Task, Any, PackedBatch], Any]:
+        """What the devices say of a batch; the same function for all that are alike."""
+        ...
+
+    def conclude(
+        self,
+        asked: Asked,
+        texts: Texts | None,
+        found: Any,
+        index: Int[np.ndarray, " M"],
+        source: Source,
+    ) -> dict[str, float]:
+        """The metrics of all batches.
+
+        Args:
+          texts: Of `asked.texts`; None where there are none.
+          found: What was computed, joined over the batches: of slots [slots ...].
+          index: The image of each slot; -1 of those without one that can be used.
+        """
+        ...
+
+
+def compute_metrics(task: Task, params: Any, batch: PackedBatch) -> dict[str, Mean]:
+    """Terms of the task's means, by slot or by token."""
+    return task.metrics(params, batch)
+
+
+def embed_images(task: Task, params: Any, batch: PackedBatch) -> Any:
+    """Embeddings [B N E]."""
+    return task.outputs(params, batch)["image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """The task's own metrics, folded over the set."""
+
+    def read(self, source: Source, training: Training) -> Asked:
+        """Nothing."""
+        return Asked([], np.zeros((0, 2), np.int64))
+
+    compute = staticmethod(compute_metrics)
+
+    def conclude(
+        self,
+        asked: Asked,
+        texts: Texts | None,
+        found: Mapping[str, Mean],
+        index: Int[np.ndarray, " M"],
+        source: Source,
+    ) -> dict[str, float]:
+        """Means, with the interval of those by image, and the calibration."""
+        values = {}
+        for name, mean in found.items():
+            values[name] = jax.tree.map(np.sum, mean).result()
+            here = mean.weight > 0
+            if index.shape == here.shape:
+                own = jax.tree.map(lambda x, here=here: x[here], mean)
+                values |= _interval(name, own, index[here], source)
+        if "confidence" in found and (here := found["confidence"].weight > 0).any():
+            confidence = found["confidence"].total[here]
+            right = found["accuracy"].total[here]
+            error = calibration.calibration_error(confidence, right)
+            values["calibration_error"] = error
+            values["calibrated_error"] = calibration.calibrated_error(confidence)
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """R@1, 5, 10 from images to captions and back, see `retrieval.py`."""
+
+    def read(self, source: Source, training: Training) -> Asked:
+        """All captions of all images."""
+        return Asked(*retrieval.list_pairs([r.captions for r in read_all(source)]))
+
+    compute = staticmethod(embed_images)
+
+    def conclude(
+        self,
+        asked: Asked,
+        texts: Texts | None,
+        found: Float[np.ndarray, "S E"],
+        index: Int[np.ndarray, " S"],
+        source: Source,
+    ) -> dict[str, float]:
+        """Recall among the images that have a caption, and the captions they have.
+
+        Raises:
+          ConfigError: no image that can be used has a caption of use.
+        """
+        assert texts is not None
+        here = index >= 0
+        known = asked.pairs[texts.known[asked.pairs[:, 1]]]
+        used, chosen, pairs = retrieval.restrict(known, index[here])
+        if not len(pairs):
+            raise ConfigError(no_captions(source))
+        groups = getattr(source, "groups", None)
+        return retrieval.recall(
+            found[here][used],
+            texts.vectors[chosen],
+            pairs,
+            None if groups is None else groups[index[here][used]],
+        ) | {
+            "captions": float(len(pairs)),
+            "without_caption": float(here.sum() - len(used)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    """Accuracy among the classes of a set by what they are called.
+
+    Attributes:
+      templates: Texts with one {} for the name.
+      names: What the classes are called, by number; () is as the source names them,
+        without the path and with blanks for underscores.
+    """
+
+    templates: Sequence[str] = zero_shot.TEMPLATES
+    names: Sequence[str] = ()
+
+    def read(self, source: Source, training: Training) -> Asked:
+        """All prompts of all classes, and the labels of the images.
+
+        Raises:
+          ConfigError: the source has no classes, or names and templates do not fit.
+        """
+        names = self.names or list(map(zero_shot.call_class, source.class_names))
+        if not names or len(names) != len(source.class_names):
+            raise ConfigError(
+                f"zero_shot: source {source.name} has {len(source.class_names)} "
+                f"classes, and {len(names)} names are given: give labels to the "
+                "source, and a name to each of them"
+            )
+        prompts = zero_shot.list_prompts(names, self.templates)
+        labels = [(i, c) for i, r in enumerate(read_all(source)) for c in r.labels]
+        pairs = np.array(labels, np.int64).reshape(-1, 2)
+        sources, absent = training(), None
+        if (records := sum(map(len, sources))) <= SEARCHED:
+            texts = (c for s in sources for r in read_all(s) for c in r.captions)
+            absent = zero_shot.find_absent(names, texts)
+        else:
+            logging.info(
+                "zero_shot: the captions of %d training records are too many to tell "
+                "which names they hold", records,
+            )  # fmt: skip
+        return Asked(prompts, pairs, absent)
+
+    compute = staticmethod(embed_images)
+
+    def conclude(
+        self,
+        asked: Asked,
+        texts: Texts | None,
+        found: Float[np.ndarray, "S E"],
+        index: Int[np.ndarray, " S"],
+        source: Source,
+    ) -> dict[str, float]:
+        """Accuracy by image: the nearest class is one of its labels.
+
+        `accuracy_absent` is that of the images all of whose labels have names that no
+        training caption holds, `absent` the number of these images.
+        """
+        assert texts is not None
+        if not texts.known.all():
+            text = asked.texts[int(texts.known.argmin())]
+            raise ConfigError(
+                f"zero_shot: the tokenizer leaves out {text!r}; call it otherwise "
+                "(names=...)"
+            )
+        here = index >= 0
+        used, labels, pairs = retrieval.restrict(asked.pairs, index[here])
+        if not len(pairs):
+            raise ConfigError(f"zero_shot: no image of {source.name} has a label")
+        own = index[here][used]
+        classes = zero_shot.average_prompts(texts.vectors, len(source.class_names))
+        right = np.stack([pairs[:, 0], labels[pairs[:, 1]]], 1)
+        hits = retrieval.hits(found[here][used], classes, right, (1,))[:, 0]
+        values = {"accuracy": float(hits.mean())}
+        terms = Mean(total=hits, weight=np.ones(len(hits)))
+        values |= _interval("accuracy", terms, own, source)
+        if asked.absent is not None:
+            absent = np.ones(len(hits), bool)
+            np.logical_and.at(absent, right[:, 0], asked.absent[right[:, 1]])
+            values["absent"] = float(absent.sum())
+            if absent.any():
+                values["accuracy_absent"] = float(hits[absent].mean())
+        return values
+
+
+JUDGES = {"metrics": Metrics, "retrieval": Retrieval, "zero_shot": ZeroShot}
+
+
+def choose(
+    section: Mapping[str, Any], where: str
+) -> tuple[Callable[..., Judge], list[str]]:
+    """How a set of `evals` is judged, by its `name`, and the keys that this reads."""
+    named = {"name": section.get("name", "metrics")}
+    judge, _ = config_lib.choose(named, JUDGES, where)
+    return judge, list(inspect.signature(judge).parameters)
+
+
+def build(section: Mapping[str, Any], where: str) -> Judge:
+    """The judge of a set, with the keys of its section that it reads."""
+    judge, keys = choose(section, where)
+    return judge(**{key: section[key] for key in keys if key in section})
+
+
+def no_captions(source: Source) -> str:
+    """The message for a source that retrieval can do nothing with."""
+    return (
+        f"source {source.name} has no caption of use for retrieval: name the feature "
+        "that holds them (caption=...)"
+    )
+
+
+def read_all(source: Source) -> Iterator[Record]:
+    """The records of a source; one that can not be had has no captions and labels."""
+    for i in range(len(source)):
+        try:
+            yield source[i]
+        except (OSError, BadImage):
+            yield Record(f"#{i}", b"")
+
+
+def _interval(
+    name: str, terms: Mean, index: np.ndarray, source: Source
+) -> dict[str, float]:
+    """The 95 % interval of a mean by image, if near-duplicates are known."""
+    groups = getattr(source, "groups", None)
+    if groups is None:
+        return {}
+    low, high = interval_by_group(terms.total, terms.weight, groups[index])
+    return {f"{name}_low": low, f"{name}_high": high}
