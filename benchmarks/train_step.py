@@ -3,9 +3,10 @@
 Times whole steps (forward, backward, AdamW) of the trainer's own jitted step on the
 fixed list of sizes, alternatives in turn, and prints ratios of one run: images/s of
 packed rows over the same model on squares of 224 and over one padded image a row; time
-per token of long rows over short; of S over Ti; where the time goes; what keeping less
-for the backward pass costs and saves.
-`--tiny` is for a test.
+per token of long rows over short; of S over Ti; where the time goes; and what other
+choices than the default (what a block keeps for the backward pass, tokens of a part,
+unrolled blocks) cost and save. `--remat` makes a choice for the other tables, `--micro`
+and `--attention` (`values` is none) for the first. `--tiny` is for a test.
 """
 
 from collections.abc import Callable
@@ -20,36 +21,44 @@ from absl import app, flags
 
 from navit_jax import sharding
 from navit_jax.batch import PackedBatch
-from navit_jax.models import attention, flops, sizes
+from navit_jax.models import sizes
 
 TINY = flags.DEFINE_bool("tiny", False, "Small shapes, one repeat")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds")
-PARTS = flags.DEFINE_list("parts", ["plain", "rows", "sizes", "where", "remat"], "")
+REPEATS = flags.DEFINE_integer("repeats", 9, "Timed rounds")
+PARTS = flags.DEFINE_list("parts", ["plain", "rows", "sizes", "where", "choices"], "")
+REMAT = flags.DEFINE_string("remat", "light", "What blocks keep, but in choices")
+# Parts of about 2,000 tokens are the best of packed, padded and plain rows: larger ones
+# leave the caches, smaller ones pay more often for summing gradients.
+MICRO = flags.DEFINE_integer("micro", 2, "Packed rows of 1024 in a part, against plain")
+ATTENTION = flags.DEFINE_string("attention", "", "Of all, against plain; or each's own")
 
 
-def compare_plain(tiny: bool, repeats: int) -> None:
+def config(size: str, batch: PackedBatch, micro: int, **model: Any) -> dict[str, Any]:
+    """As `steps.config`, as the flags say."""
+    tiny = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if TINY.value else {}
+    return steps.config(size, batch, micro, **{"remat": REMAT.value} | tiny | model)
+
+
+def compare_plain(repeats: int) -> None:
     """Packed rows against squares of 224, and against one padded image a row."""
     lines = []
-    num = 16 if tiny else 96
+    num = 16 if TINY.value else 96
     for size in ("Ti/16", "S/16"):
-        model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
         squares = np.full((num, 2), 14)
         packed = fixed_list.packed(num_rows=num // 8, num_tokens=1024, num_slots=24)
         single = fixed_list.alone(fixed_list.grids(num), num_tokens=272)
         plain = fixed_list.alone(squares, num_tokens=196)
-        # Parts of about 2,000 tokens, the best of all three: larger ones leave the
-        # caches, smaller ones pay more often for summing gradients.
         cases = {
             # A square a row has nothing to skip: dense is the plain model's best.
             "plain ViT, 224": (plain, 8, "dense"),
             "one padded image a row": (single, 8, "auto"),
-            "packed, rows of 1024": (packed, 2, "auto"),
+            "packed, rows of 1024": (packed, MICRO.value, "auto"),
         }
         calls = {
             name: steps.step(
-                steps.config(size, batch, micro, attention=attend, **model), batch
+                config(size, batch, micro, attention=ATTENTION.value or own), batch
             )
-            for name, (batch, micro, attend) in cases.items()
+            for name, (batch, micro, own) in cases.items()
         }
         seconds = timing.interleave(calls, repeats)
         images, tokens = (
@@ -78,15 +87,14 @@ def compare_plain(tiny: bool, repeats: int) -> None:
     )
 
 
-def compare_rows(tiny: bool, repeats: int) -> None:
+def compare_rows(repeats: int) -> None:
     """Time per token of rows of 4096 over rows of 1024, equal tokens."""
     lines = []
-    model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
     for size in ("Ti/16", "S/16"):
         calls, tokens = {}, {}
         for length, rows, micro in ((1024, 8, 4), (4096, 2, 1)):
             batch = fixed_list.packed(rows, length, length // 64)
-            calls[length] = steps.step(steps.config(size, batch, micro, **model), batch)
+            calls[length] = steps.step(config(size, batch, micro), batch)
             tokens[length] = steps.count(batch)[1]
         seconds = timing.interleave(calls, repeats, settle=True)
         times = {n: seconds[n] / tokens[n] for n in calls}
@@ -95,16 +103,15 @@ def compare_rows(tiny: bool, repeats: int) -> None:
     steps.table("Long rows", "size | L=1024 us/token | L=4096 us/token | ratio", lines)
 
 
-def compare_sizes(tiny: bool, repeats: int) -> None:
+def compare_sizes(repeats: int) -> None:
     """Time per token of S/16 over Ti/16, and the rate of each."""
-    model = {"depth": 1} if tiny else {}
     batch = fixed_list.packed(4, 1024, 24)
-    cases = {size: steps.config(size, batch, 2, **model) for size in ("Ti/16", "S/16")}
+    cases = {size: config(size, batch, 2) for size in ("Ti/16", "S/16")}
     calls = {size: steps.step(settings, batch) for size, settings in cases.items()}
     seconds = timing.interleave(calls, repeats)
     lines = []
     for size in cases:
-        rate = useful_flops(size, batch, **model) / seconds[size]
+        rate = steps.useful_flops(cases[size], batch) / seconds[size]
         lines.append(
             [
                 size,
@@ -116,31 +123,18 @@ def compare_sizes(tiny: bool, repeats: int) -> None:
     steps.table("Sizes", "size | us/token | useful GFLOP/s | time over Ti/16", lines)
 
 
-def useful_flops(size: str, batch: PackedBatch, **model: Any) -> float:
-    """Of one training step, by the package's own count."""
-    spec = sizes.spec(size)._replace(**model)
-    images, tokens = steps.count(batch)
-    pairs = sum(
-        float((np.bincount(row)[1:].astype(float) ** 2).sum())
-        for row in batch.segment_ids
-    )
-    return flops.TRAINING * flops.forward_flops(tokens, pairs, images, spec, 768)
-
-
-def break_down(tiny: bool, repeats: int) -> None:
+def break_down(repeats: int) -> None:
     """Time of the step, of it without attention, and of its matrix products alone."""
-    # Attention that passes the values on costs nothing, and keeps every other shape.
-    attention.IMPLEMENTATIONS["values"] = lambda q, k, v, ids: v + 0 * (q + k)
     lines = []
-    model = {"depth": 1} if tiny else {}
     batch = fixed_list.packed(4, 1024, 24)
     for size in ("Ti/16", "S/16"):
-        whole = steps.step(steps.config(size, batch, 2, **model), batch)
-        without = steps.step(
-            steps.config(size, batch, 2, attention="values", **model), batch
-        )
-        spec = sizes.spec(size)._replace(**model)
-        cases = {"whole": whole, "without": without, "products": products(spec, 2048)}
+        settings = config(size, batch, 2)
+        without = config(size, batch, 2, attention="values")
+        cases = {
+            "whole": steps.step(settings, batch),
+            "without": steps.step(without, batch),
+            "products": products(steps.spec(settings), 2048),
+        }
         seconds = timing.interleave(cases, repeats)
         parts = {name: float(np.median(values)) for name, values in seconds.items()}
         parts["products"] *= 2  # two micro-batches
@@ -163,16 +157,20 @@ def break_down(tiny: bool, repeats: int) -> None:
     )
 
 
-def compare_remat(tiny: bool, repeats: int) -> None:
-    """Time and memory of the step by what a block keeps for the backward pass."""
+def compare_choices(repeats: int) -> None:
+    """Time and memory of the step by what can be chosen, one at a time."""
     lines = []
-    model = {"depth": 1, "width": 64, "num_heads": 2, "mlp": 64} if tiny else {}
     batch = fixed_list.packed(4, 1024, 24)
-    for size in ("Ti/16", "S/16"):
-        cases = {
-            remat: steps.config(size, batch, 2, remat=remat, **model)
-            for remat in ("none", "light", "full")
-        }
+    for size in ("Ti/16",) if TINY.value else ("Ti/16", "S/16"):
+        default = "light, scanned, parts of 2,048 tokens"
+        cases = {default: config(size, batch, 2, remat="light")}
+        for remat in ("none", "full"):
+            cases[f"remat {remat}"] = config(size, batch, 2, remat=remat)
+        cases["unrolled"] = config(size, batch, 2, remat="light", scan=False)
+        for micro in (1, 4):
+            cases[f"parts of {1024 * micro:,}"] = config(
+                size, batch, micro, remat="light"
+            )
         runs = {name: steps.compiled(cases[name], batch) for name in cases}
         calls = {name: steps.step(cases[name], batch, runs[name]) for name in cases}
         seconds = timing.interleave(calls, repeats)
@@ -184,13 +182,13 @@ def compare_remat(tiny: bool, repeats: int) -> None:
                     size,
                     name,
                     f"{np.median(seconds[name]):.2f}",
-                    timing.ratio(seconds[name], seconds["none"]),
+                    timing.ratio(seconds[name], seconds[default]),
                     f"{memory.temp_size_in_bytes / 1e6:.0f}",
                 ]
             )
     steps.table(
-        "What a block keeps",
-        "size | remat | s/step | over none | temporaries MB",
+        "Choices",
+        "size | choice | s/step | over the first | temporaries MB",
         lines,
     )
 
@@ -229,10 +227,10 @@ def main(_: list[str]) -> None:
             "rows": compare_rows,
             "sizes": compare_sizes,
             "where": break_down,
-            "remat": compare_remat,
+            "choices": compare_choices,
         }
         for name in PARTS.value:
-            parts[name](TINY.value, 1 if TINY.value else REPEATS.value)
+            parts[name](1 if TINY.value else REPEATS.value)
 
 
 if __name__ == "__main__":
