@@ -2,7 +2,8 @@
 
 Source: the method of NaViT (arXiv 2307.06304): sampled resolution, Beta token dropping.
 Command: python -m navit_jax.train --config=configs/contrastive_long.py --workdir=RUN
-Cost and outcome: docs/results.md.
+Cost: half an hour. Expect: R@5 .31 to .35 on the test split, where knowing the category
+gives .25 to .28; intervals in docs/results.md.
 """
 
 import ml_collections
@@ -59,7 +60,7 @@ def get_config():
     config.train = {"report_every": 50, "evaluate_every": 1000, "ema": 0.998}
     config.checkpoint = {"keep": 2}
     config.evals = {
-        "validation": {
+        "captions": {
             "name": "retrieval",
             "sources": {
                 "clipart": {"name": "clipart", "split": "validation", "labels": "none"}

@@ -2,7 +2,8 @@
 
 Source: the method of NaViT (arXiv 2307.06304) at the size of a demonstration.
 Command: python -m navit_jax.train --config=configs/contrastive_smoke.py --workdir=RUN
-Cost and outcome: docs/results.md.
+Cost: 5 minutes on two cores. Expect: R@5 .25 on the test split, both ways, where chance
+is .02; intervals in docs/results.md.
 """
 
 import ml_collections
@@ -51,7 +52,7 @@ def get_config():
     config.train = {"report_every": 50, "evaluate_every": 500}
     config.checkpoint = {"keep": 2}
     config.evals = {
-        "validation": {
+        "captions": {
             "name": "retrieval",
             "sources": {
                 "clipart": {"name": "clipart", "split": "validation", "labels": "none"}
