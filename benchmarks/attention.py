@@ -58,7 +58,8 @@ def time_pair(ids: np.ndarray, heads: int, repeats: int) -> list[str]:
     }
     seconds = timing.interleave(cases, repeats, settle=True)
     times = [f"{1e3 * np.median(seconds[name]):.1f}" for name in cases]
-    return [*times, timing.ratio(seconds["dense"], seconds["blocks"])]
+    scores = ids.size**2 / int(count_scores(jnp.asarray(ids)))
+    return [*times, timing.ratio(seconds["dense"], seconds["blocks"]), f"{scores:.1f}"]
 
 
 def memory(name: str, ids: np.ndarray, heads: int) -> float:
@@ -74,8 +75,8 @@ def main(_: list[str]) -> None:
         (length, images, heads)
         for length, images in ((1024, 8), (4096, 32)) for heads in (3, 6, 12)
     ]  # fmt: skip
-    print("| L | images | heads | dense ms | blocks ms | dense / blocks |")
-    print("|---|---|---|---|---|---|")
+    print("| L | images | heads | dense ms | blocks ms | dense / blocks | by scores |")
+    print("|---|---|---|---|---|---|---|")
     for length, images, heads in shapes:
         cells = time_pair(unequal(length, images), heads, repeats)
         print(f"| {length} | {images} | {heads} | {' | '.join(cells)} |", flush=True)

@@ -5,10 +5,13 @@ fixed list of sizes, alternatives in turn, and prints ratios of one run: images/
 packed rows over the same model on squares of 224 and over one padded image a row; time
 per token of long rows over short; of S over Ti; where the time goes; and what other
 choices than the default (what a block keeps for the backward pass, tokens of a part,
-unrolled blocks) cost and save. `--remat` makes a choice for the other tables, `--micro`
-and `--attention` (`values` is none) for the first. `--tiny` is for a test.
+unrolled blocks) cost and save. `--remat` makes a choice for the other tables, and
+`--micro`, `--attention` (`values` is none) and `--devices` make one for the first;
+`--clock=core` counts core-seconds, which other work on the machine changes little.
+`--tiny` is for a test.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +24,7 @@ from absl import app, flags
 
 from navit_jax import sharding
 from navit_jax.batch import PackedBatch
-from navit_jax.models import sizes
+from navit_jax.models import flops, sizes
 
 TINY = flags.DEFINE_bool("tiny", False, "Small shapes, one repeat")
 REPEATS = flags.DEFINE_integer("repeats", 9, "Timed rounds")
@@ -31,6 +34,8 @@ REMAT = flags.DEFINE_string("remat", "light", "What blocks keep, but in choices"
 # leave the caches, smaller ones pay more often for summing gradients.
 MICRO = flags.DEFINE_integer("micro", 2, "Packed rows of 1024 in a part, against plain")
 ATTENTION = flags.DEFINE_string("attention", "", "Of all, against plain; or each's own")
+CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "core"], "core: of all threads")
+DEVICES = flags.DEFINE_integer("devices", 1, "That share the cores of a CPU, and rows")
 
 
 def config(size: str, batch: PackedBatch, micro: int, **model: Any) -> dict[str, Any]:
@@ -39,10 +44,18 @@ def config(size: str, batch: PackedBatch, micro: int, **model: Any) -> dict[str,
     return steps.config(size, batch, micro, **{"remat": REMAT.value} | tiny | model)
 
 
+def interleave(
+    calls: dict[Any, steps.Step], repeats: int, settle: bool = False
+) -> dict[Any, np.ndarray]:
+    """As `timing.interleave`, by the clock that was chosen."""
+    clock = time.process_time if CLOCK.value == "core" else time.perf_counter
+    return timing.interleave(calls, repeats, settle, clock)
+
+
 def compare_plain(repeats: int) -> None:
     """Packed rows against squares of 224, and against one padded image a row."""
     lines = []
-    num = 16 if TINY.value else 96
+    num = 32 if TINY.value else 96
     for size in ("Ti/16", "S/16"):
         squares = np.full((num, 2), 14)
         packed = fixed_list.packed(num_rows=num // 8, num_tokens=1024, num_slots=24)
@@ -56,11 +69,17 @@ def compare_plain(repeats: int) -> None:
         }
         calls = {
             name: steps.step(
-                config(size, batch, micro, attention=ATTENTION.value or own), batch
+                config(
+                    size,
+                    batch,
+                    micro * DEVICES.value,
+                    attention=ATTENTION.value or own,
+                ),
+                batch,
             )
             for name, (batch, micro, own) in cases.items()
         }
-        seconds = timing.interleave(calls, repeats)
+        seconds = interleave(calls, repeats)
         images, tokens = (
             {
                 name: steps.count(batch)[i] / seconds[name]
@@ -96,7 +115,7 @@ def compare_rows(repeats: int) -> None:
             batch = fixed_list.packed(rows, length, length // 64)
             calls[length] = steps.step(config(size, batch, micro), batch)
             tokens[length] = steps.count(batch)[1]
-        seconds = timing.interleave(calls, repeats, settle=True)
+        seconds = interleave(calls, repeats, settle=True)
         times = {n: seconds[n] / tokens[n] for n in calls}
         cells = [f"{1e6 * np.median(times[n]):.1f}" for n in calls]
         lines.append([size, *cells, timing.ratio(times[4096], times[1024])])
@@ -108,7 +127,7 @@ def compare_sizes(repeats: int) -> None:
     batch = fixed_list.packed(4, 1024, 24)
     cases = {size: config(size, batch, 2) for size in ("Ti/16", "S/16")}
     calls = {size: steps.step(settings, batch) for size, settings in cases.items()}
-    seconds = timing.interleave(calls, repeats)
+    seconds = interleave(calls, repeats)
     lines = []
     for size in cases:
         rate = steps.useful_flops(cases[size], batch) / seconds[size]
@@ -129,15 +148,17 @@ def break_down(repeats: int) -> None:
     batch = fixed_list.packed(4, 1024, 24)
     for size in ("Ti/16", "S/16"):
         settings = config(size, batch, 2)
+        spec = steps.spec(settings)
         without = config(size, batch, 2, attention="values")
         cases = {
             "whole": steps.step(settings, batch),
             "without": steps.step(without, batch),
-            "products": products(steps.spec(settings), 2048),
+            "products": products(spec, 2048),
         }
-        seconds = timing.interleave(cases, repeats)
+        seconds = interleave(cases, repeats)
         parts = {name: float(np.median(values)) for name, values in seconds.items()}
         parts["products"] *= 2  # two micro-batches
+        work = flops.TRAINING * flops.forward_flops(4096, 0, 0, spec, 768, "none")
         lines.append(
             [
                 size,
@@ -150,10 +171,13 @@ def break_down(repeats: int) -> None:
                         parts["without"] - parts["products"],
                     )
                 ),
+                f"{work / parts['products'] / 1e9:.0f}",
             ]
         )
     steps.table(
-        "Where the time goes", "size | s/step | products | attention | the rest", lines
+        "Where the time goes",
+        "size | s/step | products | attention | the rest | GFLOP/s of products",
+        lines,
     )
 
 
@@ -173,7 +197,7 @@ def compare_choices(repeats: int) -> None:
             )
         runs = {name: steps.compiled(cases[name], batch) for name in cases}
         calls = {name: steps.step(cases[name], batch, runs[name]) for name in cases}
-        seconds = timing.interleave(calls, repeats)
+        seconds = interleave(calls, repeats)
         for name, run in runs.items():
             memory = run.memory_analysis()
             assert memory is not None, "this backend does not tell"
@@ -221,7 +245,9 @@ def products(spec: sizes.Spec, tokens: int) -> steps.Step:
 
 def main(_: list[str]) -> None:
     """Prints the tables that were asked for."""
-    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+    if DEVICES.value > 1:
+        jax.config.update("jax_num_cpu_devices", DEVICES.value)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[: DEVICES.value])):
         parts = {
             "plain": compare_plain,
             "rows": compare_rows,
