@@ -267,13 +267,17 @@ def test_what_the_sigmoid_is_compared_with_is_the_same_loss():
     assert_near(run(*inputs), by_formula("sigmoid", *inputs))
 
 
-def compiled(loss, slots, width, numbers=1):
-    """Loss and gradients over 8 devices of so many slots each, not run."""
+def lowered(loss, slots, width, numbers=1):
+    """Loss and gradients over 8 devices of so many slots each, not compiled."""
     shapes = [(8 * slots, width)] * 2 + [(8 * slots,)] + [()] * numbers
     kinds = [np.float32] * 2 + [bool] + [np.float32] * numbers
     inputs = map(jax.ShapeDtypeStruct, shapes, kinds)
     run = jax.value_and_grad(place(loss, numbers, line(8), "x"), (0, 1, 3))
-    return jax.jit(run).lower(*inputs).compile()
+    return jax.jit(run).lower(*inputs)
+
+
+def compiled(*arguments):
+    return lowered(*arguments).compile()
 
 
 def ring_of(kind, chunk, **dtypes):
@@ -293,6 +297,29 @@ def test_no_device_ever_holds_the_embeddings_of_all(kind):
     dense = functools.partial(contrastive_forms.dense, axis_name="x")
     found = collectives.read(compiled(dense, slots, width).as_text())
     assert ("all-gather", 4 * 8 * slots * width, 1) in found
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_only_as_many_chunks_travel_as_the_data_fill(kind):
+    text = compiled(ring_of(kind, 16), 64, 32, 1 + (kind == "sigmoid")).as_text()
+    one, four = (
+        sum(c.size * c.times for c in collectives.read(text, chunks))
+        for chunks in (1, 4)
+    )
+    # All but the few numbers that all devices sum.
+    assert one >= 7 * 16 * 32 * 4
+    assert four >= 3.9 * one
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_product_of_float32_embeddings_may_be_rounded(kind, dtype):
+    numbers = 1 + (kind == "sigmoid")
+    text = lowered(ring_of(kind, 16, dtype=dtype), 64, 32, numbers).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    exact = [line for line in products if "precision = [HIGHEST, HIGHEST]" in line]
+    assert len(products) >= 3
+    assert (len(exact) == len(products)) == (dtype == "float32")
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -45,7 +45,8 @@ def softmax_loss(
       scale: Inverse temperature.
       axis_name: Mesh axes over which pairs are split; () on one device.
       chunk: Pairs a side of a block of logits.
-      dtype: Of the embeddings in products and on the ring.
+      dtype: Of the embeddings in products and on the ring. With "float32" a TPU
+        multiplies in several passes; "bfloat16" takes one.
       grad_dtype: Of the gradients of texts on the ring; sums are rounded to it at
         every device.
     """
@@ -113,8 +114,24 @@ def _float(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _logits(u: Float[Array, "c D"], v: Float[Array, "c D"]) -> Float[Array, "c c"]:
-    return jnp.einsum("iD,jD->ij", u, v, preferred_element_type=jnp.float32)
+def _product(ring: rings.Ring, equation: str, x: Array, y: Array) -> Array:
+    """Summed in float32, and of float32 embeddings with all digits."""
+    # A TPU by itself would round what it multiplies to bfloat16.
+    exact = "highest" if ring.dtype == "float32" else None
+    kind = jnp.float32
+    return jnp.einsum(equation, x, y, precision=exact, preferred_element_type=kind)
+
+
+def _logits(ring: rings.Ring, u: Array, v: Array) -> Float[Array, "c c"]:
+    return _product(ring, "iD,jD->ij", u, v)
+
+
+def _pull(
+    ring: rings.Ring, d_logits: Float[Array, "c c"], u: Array, v: Array
+) -> tuple[Float[Array, "c D"], Float[Array, "c D"]]:
+    """The gradients of u and v of the logits u v^T."""
+    d_u = _product(ring, "ij,jD->iD", d_logits, _float(v))
+    return d_u, _product(ring, "ij,iD->jD", d_logits, _float(u))
 
 
 def _summary(scores: Float[Array, "c c"], axis: int) -> tuple[Array, Array]:
@@ -174,7 +191,7 @@ def _softmax_forward(
 
     def block(u: Array, home: Any, v: Array, negative: Array, pair: Any) -> Any:
         rows, positive = home
-        logits = scale * _logits(u, v)
+        logits = scale * _logits(ring, u, v)
         if pair is not None:
             positive += jnp.where(pair, logits, 0).sum(1)
         scores = jnp.where(negative, logits, NEVER)
@@ -199,10 +216,11 @@ def _softmax_backward(ring: rings.Ring, kept: Any, gradient: Float[Array, ""]) -
     def block(mine: Any, d_u: Array, theirs: Any, negative: Array, _: Any) -> Any:
         u, (row_top, row_inverse) = mine
         v, (column_top, column_inverse) = theirs
-        scores = jnp.where(negative, scale * _logits(u, v), NEVER)
+        scores = jnp.where(negative, scale * _logits(ring, u, v), NEVER)
         d_logits = jnp.exp(scores - row_top[:, None]) * row_inverse[:, None]
         d_logits += jnp.exp(scores - column_top) * column_inverse
-        return d_u + d_logits @ _float(v), d_logits.T @ _float(u)
+        more, d_v = _pull(ring, d_logits, u, v)
+        return d_u + more, d_v
 
     d_images = -wrong[..., None] * _float(texts)
     d_texts = (-wrong[..., None] * _float(images)).astype(ring.grad_dtype)
@@ -231,13 +249,13 @@ def _sigmoid_pass(
     images, texts = rings.compact(ring, image, mask), rings.compact(ring, text, mask)
 
     def block(u: Array, home: Any, v: Array, negative: Array, _: Any) -> Any:
-        logits = jnp.where(negative, scale * _logits(u, v) + bias, NEVER)
+        logits = jnp.where(negative, scale * _logits(ring, u, v) + bias, NEVER)
         new = jax.nn.softplus(logits).sum(1)
         if not differentiate:
             return home + new, ()
         d_logits = jax.nn.sigmoid(logits)
-        new = new, d_logits.sum(1), d_logits @ _float(v)
-        return _add(home, new), d_logits.T @ _float(u)
+        d_u, d_v = _pull(ring, d_logits, u, v)
+        return _add(home, (new, d_logits.sum(1), d_u)), d_v
 
     logits = scale * (_float(images) * _float(texts)).sum(-1) + bias
     valid = jnp.arange(logits.size).reshape(logits.shape) < peers.counts[peers.place]

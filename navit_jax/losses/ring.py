@@ -2,7 +2,8 @@
 
 Images stay on their device; texts visit all others in chunks, and what is found about a
 text goes with it and ends at home. Valid pairs are put first, and only as many chunks
-travel as the fullest device has: bytes follow the pairs, work their square, not slots.
+travel as the fullest device fills: bytes follow its pairs, work their square, both in
+whole chunks, not the slots.
 
 n slots of this device, D embedding width, K devices, C chunks of c pairs.
 """
