@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +11,13 @@ def interleave(
     cases: Mapping[str, Callable[[], object]],
     repeats: int,
     settle: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], Any] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Seconds of each repeat of each case, which must wait for its own result.
 
     Args:
-      clock: `time.process_time` counts core-seconds, of all threads.
+      clock: `time.process_time` counts core-seconds, of all threads; an array of
+        several clocks gives a row a repeat.
       settle: Calls each case once untimed before it is timed: what ran before it has
         left the caches and the memory of the process in another state.
     """

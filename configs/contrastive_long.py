@@ -2,8 +2,8 @@
 
 Source: the method of NaViT (arXiv 2307.06304): sampled resolution, Beta token dropping.
 Command: python -m navit_jax.train --config=configs/contrastive_long.py --workdir=RUN
-Cost: half an hour. Expect: R@5 .31 to .35 on the test split, where knowing the category
-gives .25 to .28; intervals in docs/results.md.
+Cost: half an hour, by its step time. Expect: R@5 .31 to .35 on the test split, where
+knowing the category gives .25 to .28; intervals in docs/results.md.
 """
 
 import ml_collections

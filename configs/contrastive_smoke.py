@@ -2,7 +2,7 @@
 
 Source: the method of NaViT (arXiv 2307.06304) at the size of a demonstration.
 Command: python -m navit_jax.train --config=configs/contrastive_smoke.py --workdir=RUN
-Cost: 5 minutes on two cores. Expect: R@5 .25 on the test split, both ways, where chance
+Cost: 4 minutes on two cores. Expect: R@5 .25 on the test split, both ways, where chance
 is .02; intervals in docs/results.md.
 """
 

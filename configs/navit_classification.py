@@ -18,15 +18,21 @@ are dropped. From the public Scaling-ViT recipe that it follows: Adafactor,
 warmup, time scale, clip, head bias -10. Ours: slots, position table, Beta's maximum.
 """
 
+import re
+
 import ml_collections
+
+ARGUMENT = re.compile(r"variant=\w+/\d+|res=\d+:\d+")
 
 
 def get_config(arg: str = ""):
-    given = dict(part.split("=") for part in arg.split(",") if part)
-    variant = given.pop("variant", "B/16")
-    low, high = map(int, given.pop("res", "64:256").split(":"))
-    if given:
-        raise ValueError(f"unknown arguments {sorted(given)}; known: res, variant")
+    parts = [part for part in arg.split(",") if part]
+    for part in parts:
+        if not ARGUMENT.fullmatch(part):
+            raise ValueError(f"argument {part!r} is none of variant=B/16, res=64:256")
+    given = dict(part.split("=") for part in parts)
+    variant = given.get("variant", "B/16")
+    low, high = map(int, given.get("res", "64:256").split(":"))
     patch = int(variant.split("/")[1])
 
     config = ml_collections.ConfigDict()

@@ -19,32 +19,38 @@ start (CLIP's), rows, slots, the room for texts, the drop rate (its classificati
 and from the recipe that it follows Adafactor, warmup, time scale, clip.
 """
 
+import re
+
 import ml_collections
+
+ARGUMENT = re.compile(r"variant=\w+/\d+|text=\w+|res=\d+:\d+")
 
 
 def get_config(arg: str = ""):
-    given = dict(part.split("=") for part in arg.split(",") if part)
-    variant = given.pop("variant", "B/16")
-    text = given.pop("text", variant.split("/")[0])
-    low, high = map(int, given.pop("res", "64:256").split(":"))
-    if given:
-        raise ValueError(f"unknown arguments {sorted(given)}: use res, text, variant")
+    parts = [part for part in arg.split(",") if part]
+    for part in parts:
+        if not ARGUMENT.fullmatch(part):
+            raise ValueError(
+                f"argument {part!r} is none of variant=B/16, text=B, res=64:256"
+            )
+    given = dict(part.split("=") for part in parts)
+    variant = given.get("variant", "B/16")
+    text = given.get("text", variant.split("/")[0])
+    low, high = map(int, given.get("res", "64:256").split(":"))
     patch = int(variant.split("/")[1])
+    coco = {
+        "name": "tfds",
+        "dataset": "coco_captions",
+        "label": None,
+        "caption": "captions/text",
+    }
 
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 100_000
 
     config.data = {
-        "sources": {
-            "coco": {
-                "name": "tfds",
-                "dataset": "coco_captions",
-                "split": "train",
-                "label": None,
-                "caption": "captions/text",
-            }
-        },
+        "sources": {"coco": {**coco, "split": "train"}},
         "rows": 4096,
         "tokens": (high // patch) ** 2,
         "slots": 10,
@@ -83,6 +89,13 @@ def get_config(arg: str = ""):
     config.mesh = {"replica": 1, "fsdp": -1, "tensor": 1}
     config.train = {"report_every": 100, "evaluate_every": 10_000, "save_every": 1000}
     config.checkpoint = {"keep": 3, "keep_period": 50_000}
-    config.evals = {}
+    # COCO's protocol: 5,000 pictures, all captions of each, five or a few more.
+    config.evals = {
+        "coco": {
+            "name": "retrieval",
+            "sources": {"coco": {**coco, "split": "val"}},
+            "sides": (high // 2, high),
+        }
+    }
     config.lock()
     return config

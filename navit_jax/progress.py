@@ -156,7 +156,7 @@ class Progress:
         shown = "  ".join(
             f"{name[5:]} {value:.4g}"
             for name, value in values.items()
-            if name.endswith(("/accuracy", "/loss", "_r1"))
+            if name.endswith(("/accuracy", "/loss", "r1", "/centred_cosine"))
         )
         logging.info("step %d evaluated in %.1f s: %s", step, seconds, shown)
         self.writer.write(step, values)

@@ -108,7 +108,7 @@ def test_a_value_is_read_as_a_literal_and_never_evaluated(monkeypatch, tmp_path)
 
 
 def test_a_config_that_raises_says_what_without_a_traceback(monkeypatch):
-    with pytest.raises(ConfigError, match=r":side=3: ValueError: unknown arg") as e:
+    with pytest.raises(ConfigError, match=r":side=3: ValueError: argument") as e:
         parse(monkeypatch, config="configs/navit_classification.py:side=3")
     assert "\n" not in str(e.value)
 

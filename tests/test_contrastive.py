@@ -270,6 +270,21 @@ def test_the_gradient_of_a_pair_reaches_no_other_image_and_no_other_text():
     np.testing.assert_array_equal(np.flatnonzero(entries.any(1)), np.unique(ids))
 
 
+def test_a_text_drops_nothing_because_its_image_does():
+    # Each of the last block's two branches, half of the time: four embeddings of one.
+    task, params, batch = build(drop_path=0.5), some_params(), draw()
+    embed = on(mesh_of("one"), task.embed)
+    found = [embed(params, batch, key) for key in jax.random.split(KEY, 12)]
+    first, second = np.triu_indices(len(found), 1)
+    same = {}
+    for name in ("image", "text"):
+        values = np.stack([one[name][valid(batch)] for one in found])
+        same[name] = np.abs(values[first] - values[second]).max(-1) < 1e-6
+        assert same[name].mean() == pytest.approx(1 / 4, abs=0.05)
+    both = same["image"] & same["text"]
+    assert both.mean() == pytest.approx(1 / 16, abs=0.05)
+
+
 @pytest.mark.parametrize("kind, start", [("softmax", 1 / 0.07), ("sigmoid", 10)])
 def test_the_temperature_starts_as_published_or_as_asked_for(kind, start):
     def first(name, **asked):
@@ -440,7 +455,10 @@ def compiled(rows, width, accumulate=1, devices=None):
     config = tiny.config(train__accumulate=accumulate)
     mesh = sharding.make_mesh(replica=2, fsdp=4, devices=devices)
     example = shapes(rows)
-    program = compile.Program(config, build(width=width, chunk=16), example, mesh)
+    # The choices of a config that makes none.
+    default = {"attention": "auto", "remat": "light"}
+    task = build(width=width, chunk=16, **default)
+    program = compile.Program(config, task, example, mesh)
     signals = jax.ShapeDtypeStruct((rows, 8), np.int32)
     with jax.set_mesh(mesh):
         lowered = program.step().lower(program.abstract, example, signals)

@@ -259,8 +259,9 @@ def test_what_it_is_compared_with_is_the_same_loss(name):
     assert_near(run(*inputs), by_formula("softmax", *inputs))
 
 
-def test_what_the_sigmoid_is_compared_with_is_the_same_loss():
-    one = functools.partial(contrastive_forms.sigmoid_blocks, axis_name="x")
+@pytest.mark.parametrize("name", ["dense_sigmoid", "sigmoid_blocks"])
+def test_what_the_sigmoid_is_compared_with_is_the_same_loss(name):
+    one = functools.partial(getattr(contrastive_forms, name), axis_name="x")
     image, text, mask, *numbers = draw(MASKS["half of them"], "sigmoid")
     inputs = np.nan_to_num(image), np.nan_to_num(text, posinf=0), mask, *numbers
     run = differentiate("sigmoid", place(one, 2, line(8), "x"))

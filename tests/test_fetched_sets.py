@@ -81,7 +81,8 @@ PAGE = """
  <div class="figure-contents"><div class="mediaobject">
  <img src="images/menus/print.png" alt="no caption" /></div>
  <div class="mediaobject" align="center"><img src="images/menus/tab.png" />
- <div class="caption"><p>Its <em>tab</em> , &amp; more.</p></div></div>
+ <div class="caption"><p>Its <em>tab</em>
+ <img src="images/sign.png" />, &amp; more.</p></div></div>
 </div></div><br class="figure-break" />
 <img src="images/note.png" />
 <div class="mediaobject"><img src="images/menus/alone.png" /></div>

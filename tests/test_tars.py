@@ -281,6 +281,17 @@ def test_a_member_that_says_to_be_huge_is_not_read(tmp_path, monkeypatch):
     assert skipped == [("a.tar/b", "too_large")]
 
 
+def test_memory_does_not_grow_with_the_files_of_a_tar(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", [member(f"{i}.txt") for i in range(9)])
+    open_, opened = tarfile.open, []
+    monkeypatch.setattr(
+        tarfile, "open", lambda *a, **k: opened.append(open_(*a, **k)) or opened[-1]
+    )
+    read = tar_samples.read_members(path, (), lambda n: None)
+    # `tarfile` alone would keep all that it has met.
+    assert [len(opened[0].members) for _ in read] == [0] * 9
+
+
 def test_a_file_that_is_no_tar_is_counted_and_the_others_read(tmp_path):
     good = write_tar(tmp_path / "good.tar", sample("a", b"a"))
     bad = tmp_path / "bad.tar"
@@ -332,9 +343,13 @@ def test_after_a_stop_it_goes_on_and_the_files_are_the_same(
     monkeypatch.setattr(record_files, "make_example", stop)
     with pytest.raises(KeyboardInterrupt):
         tars.convert(three, tmp_path / "out")
+    whole, begun = files(tmp_path / "whole"), files(tmp_path / "out")
+    # It stopped in the second of three; what has a name of its own is whole.
+    assert sum("array_record" in name for name in begun) == 1
+    assert begun.items() - {("part", begun.get("part"))} <= whole.items()
     tars.convert(three, tmp_path / "out")
     assert calls[4:] == ["1.tar/1a", "1.tar/1b", "2.tar/2a", "2.tar/2b"]
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == whole
     with pytest.raises(ConfigError, match=r"is begun, or done, as .*not as"):
         tars.convert(three, tmp_path / "out", lines=True)
 

@@ -5,28 +5,32 @@ COCO (.json). It names pictures by their paths below the folder; several rows of
 picture are several captions of it.
 """
 
+import codecs
 import csv
 import io
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from navit_jax.data.tokenizer import BROKEN, SURROGATES
 from navit_jax.errors import ConfigError
 
-# What columns and keys are called: the first of these that is there.
+# What columns and keys are called: the first of these that is there; of captions the
+# first that is not null.
 FILES = ("file", "file_name", "filename", "filepath", "image")
 CAPTIONS = ("caption", "captions", "text", "title")
-SURROGATES = re.compile(r"[\ud800-\udfff]")
+# Spreadsheets write it as "Unicode text".
+UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
 def read(path: str) -> dict[str, list[str]]:
     """The captions by path of the picture, in the order of the file.
 
     What is no UTF-8 becomes surrogates in paths, as the names of files do, and U+FFFD
-    in captions. An empty caption stays, one that is missing does not.
+    in captions; UTF-16 is told by its mark of byte order. An empty caption stays, one
+    that is missing does not.
 
     Raises:
       ConfigError: the file cannot be read, or a line of it is none of these.
@@ -40,7 +44,10 @@ def read(path: str) -> dict[str, list[str]]:
         data = pathlib.Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"captions={path!r} cannot be read: {error}") from error
-    text = data.decode("utf-8-sig", "surrogateescape")
+    if data.startswith(UTF16):
+        text = data.decode("utf-16", "replace")
+    else:
+        text = data.decode("utf-8-sig", "surrogateescape")
     found: dict[str, list[str]] = {}
     for line, file, captions in READERS[extension](text, path):
         if not isinstance(file, str) or not file:
@@ -53,7 +60,7 @@ def read(path: str) -> dict[str, list[str]]:
                 f"{path}:{line} has {captions!r} for a caption: give a text, or a list"
             )
         known = found.setdefault(os.path.normpath(file), [])
-        known += [SURROGATES.sub("\ufffd", text) for text in texts]
+        known += [SURROGATES.sub(BROKEN, text) for text in texts]
     if not found:
         raise ConfigError(f"captions={path!r} is empty: it names no picture")
     return found
@@ -65,25 +72,28 @@ Rows = Iterator[tuple[int | str, Any, Any]]
 def _table(text: str, path: str, dialect: str) -> Rows:
     # Strict: a quote that stands for itself would else swallow the lines after it.
     reader = csv.reader(io.StringIO(text, newline=""), dialect, strict=True)
-    rows = iter(reader)
+    # Of the whole process. A caption of any length is for the tokenizer to cut.
+    limit = csv.field_size_limit(len(text))
     try:
-        header = next(rows, [])
-        file, caption = (_choose(header, names, path) for names in (FILES, CAPTIONS))
-        places = header.index(file), header.index(caption)
-        for row in rows:
-            if row and len(row) != len(header):
-                raise ConfigError(
-                    f"{path}:{reader.line_num} has {len(row)} columns, the header "
-                    f"{len(header)}: quote what holds a separator or a quote, or write "
-                    "a .jsonl"
-                )
-            if row:
-                yield reader.line_num, row[places[0]], row[places[1]]
+        rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise ConfigError(
             f"{path}:{reader.line_num}: {error}; put fields with quotes into quotes, "
             'each doubled ("a ""big"" cat"), or write a .jsonl'
         ) from error
+    finally:
+        csv.field_size_limit(limit)
+    header = rows[0][1] if rows else []
+    file, caption = (
+        header.index(_choose(header, names, path)) for names in (FILES, CAPTIONS)
+    )
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise ConfigError(
+                f"{path}:{line} has {len(row)} columns, the header {len(header)}: "
+                "quote what holds a separator or a quote, or write a .jsonl"
+            )
+        yield line, row[file], row[caption]
 
 
 def _lines(text: str, path: str) -> Rows:
@@ -97,8 +107,8 @@ def _lines(text: str, path: str) -> Rows:
         if not isinstance(row, Mapping):
             raise ConfigError(f"{path}:{number} is no object with a picture's path")
         file = _choose(row, FILES, f"{path}:{number}")
-        named = [name for name in CAPTIONS if name in row]
-        yield number, row[file], row[named[0]] if named else None
+        given = [row[name] for name in CAPTIONS if row.get(name) is not None]
+        yield number, row[file], given[0] if given else None
 
 
 def _coco(text: str, path: str) -> Rows:

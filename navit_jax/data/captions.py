@@ -1,7 +1,7 @@
 """How many tokens each caption of a source has, and which one an image brings.
 
 Rows of image and text are planned from it. Letters: M images, K captions of one at
-most, P pairs.
+most.
 """
 
 from collections.abc import Sequence
@@ -122,8 +122,3 @@ def leave_out(
         None if original_sizes is None else original_sizes[indices],
     )
     return selection, lengths[indices]
-
-
-def list_pairs(lengths: Integer[np.ndarray, "M K"]) -> Int64[np.ndarray, "P 2"]:
-    """All pairs (image, caption) of use, as evaluation takes them, by image."""
-    return np.argwhere(lengths > 0)

@@ -119,10 +119,10 @@ def folder(
 
 def _caption(found: Folder, root: str, path: str) -> Folder:
     """Gives the pictures their captions; `root` is what the file's paths are below."""
-    known = {
-        os.path.relpath(name, root) if os.path.isabs(name) else name: captions
-        for name, captions in caption_files.read(path).items()
-    }
+    known: dict[str, list[str]] = {}
+    for name, captions in caption_files.read(path).items():
+        below = os.path.relpath(name, root) if os.path.isabs(name) else name
+        known.setdefault(below, []).extend(captions)
     names = [os.path.relpath(os.path.join(found.folder, f), root) for f in found.files]
     given = tuple(tuple(known.get(name, ())) for name in names)
     lacking = len(given) - sum(map(bool, given))

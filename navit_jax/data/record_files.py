@@ -135,7 +135,7 @@ def write_set(
     sizes.keep(prepared.tfds(**arguments), np.array(table, np.uint16))
     notes = collections.Counter[str]()
     for one in done:
-        notes.update(one.get("notes", {}))  # Files of older versions have none.
+        notes.update(one["notes"])
     return Written({"name": "tfds", **arguments}, len(table), skipped, notes)
 
 

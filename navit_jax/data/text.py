@@ -7,15 +7,15 @@ Seconds, on one core.
 
 import argparse
 import io
-import sys
 from importlib import metadata
 
 import numpy as np
 
+from navit_jax import command_line
 from navit_jax.data import sources
 from navit_jax.data.tokenizer import DEFAULT, Tokenizer, clean
 from navit_jax.data.vocabularies import SentencePiece, load_library
-from navit_jax.errors import ConfigError, DataError
+from navit_jax.errors import DataError
 
 # Half of these pieces are seen 5 times or more in training; of 4,096 a sixth.
 SIZE = 2048
@@ -94,8 +94,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command_line.exit_codes():
         main()
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -70,7 +70,7 @@ class Contrastive:
     scale: float | int | None = None
     max_scale: float | int | None = None
     bias: float | int | None = None
-    chunk: int = 128
+    chunk: int = 256
     dtype: str = "float32"
     grad_dtype: str = "float32"
 

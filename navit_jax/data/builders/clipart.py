@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from navit_jax import command_line
 from navit_jax.data import sizes, sources
 from navit_jax.data.builders import captions, classes, debian, groups, openclipart
 from navit_jax.errors import ConfigError, DataError
@@ -266,8 +266,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command_line.exit_codes():
         main()
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

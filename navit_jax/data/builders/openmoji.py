@@ -15,7 +15,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from PIL import Image
 
+from navit_jax import command_line
 from navit_jax.data import prepared, sizes
 from navit_jax.data.builders import clipart, groups, openclipart
 from navit_jax.data.records import cache_folder
@@ -245,8 +245,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command_line.exit_codes():
         main()
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -7,31 +7,81 @@ package.
 """
 
 import argparse
-import html
 import json
 import pathlib
 import re
 import shutil
-import sys
 import tempfile
+from collections.abc import Iterable
+from html.parser import HTMLParser
 
+from navit_jax import command_line
 from navit_jax.data.builders import debian
 from navit_jax.data.folders import EXTENSIONS
 from navit_jax.data.records import cache_folder
-from navit_jax.errors import ConfigError, DataError
+from navit_jax.errors import DataError
 
 PACKAGE = "gimp-help-en"
 MANUAL = pathlib.PurePath("usr", "share", "gimp", "2.0", "help", "en")
 # Captions of a picture, the first: one photo is the original of 98 examples.
 MOST = 6
-# A figure and its pictures, in the order of the page.
-PARTS = re.compile(
-    r'<p class="title">(?P<title>.*?)</p>|<div class="mediaobject"[^>]*>\s*'
-    r'(?:<img src="images/(?P<file>[^"]+)"[^>]*>)'
-    r'(?:\s*<div class="caption">(?P<caption>.*?)</div>)?'
-    r"|(?P<end><br class=\"figure-break\")",
-    re.DOTALL,
-)
+
+
+class Page(HTMLParser):
+    """Collects the pictures of a page, and what is written of each.
+
+    Attributes:
+      found: (path below `images`, caption).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self._title = self._caption = self._file = ""
+        # What is open, and the text of it if it is a title or a caption.
+        self._kinds: list[str] = []
+        self._texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begins a title, a picture or its caption; a figure ends with a break."""
+        given = dict(attrs)
+        kind = given.get("class") or ""
+        if tag in ("p", "div"):
+            self._kinds.append(kind)
+            if kind == "mediaobject":
+                self._file = self._caption = ""
+            if kind in ("title", "caption"):
+                self._texts = []
+        elif tag == "img" and "mediaobject" in self._kinds and not self._file:
+            # Others are signs in the caption.
+            root, _, file = (given.get("src") or "").partition("/")
+            self._file = file if root == "images" else ""
+        elif tag == "br" and kind == "figure-break":
+            self._title = ""
+
+    def handle_data(self, data: str) -> None:
+        """Takes a piece of text."""
+        self._texts.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Ends a title or a caption; with its object a picture has all it gets."""
+        if tag not in ("p", "div") or not self._kinds:
+            return
+        kind = self._kinds.pop()
+        if kind == "title":
+            number = r"^(Figure|Table|Example) [\d.A-Z]+\s+"
+            self._title = re.sub(number, "", _join(self._texts))
+        elif kind == "caption":
+            self._caption = _join(self._texts)
+        elif kind == "mediaobject" and self._file:
+            texts = [text for text in (self._title, self._caption) if text]
+            self.found += [(self._file, ": ".join(texts))] if texts else []
+
+
+def _join(texts: Iterable[str]) -> str:
+    text = " ".join(" ".join(texts).split())
+    # Marks that stand alone where a tag was.
+    return re.sub("(?<=[\u201c\u2018(]) | (?=[\u201d\u2019).,;:!?])", "", text)
 
 
 def read_captions(page: str) -> list[tuple[str, str]]:
@@ -40,26 +90,10 @@ def read_captions(page: str) -> list[tuple[str, str]]:
     A caption is the title of the figure without its number, the text below the
     picture, or both.
     """
-    found, title = [], ""
-    for part in PARTS.finditer(page):
-        if part["title"] is not None:
-            title = re.sub(
-                r"^(Figure|Table|Example) [\d.A-Z]+\s+", "", _text(part["title"])
-            )
-        elif part["file"] is None:
-            title = ""
-        else:
-            texts = [t for t in (title, _text(part["caption"] or "")) if t]
-            if texts:
-                found.append((html.unescape(part["file"]), ": ".join(texts)))
-    return found
-
-
-def _text(markup: str) -> str:
-    text = html.unescape(re.sub(r"<[^>]+>", " ", markup))
-    text = " ".join(text.split())
-    # Marks that stand alone where a tag was.
-    return re.sub("(?<=[\u201c\u2018(]) | (?=[\u201d\u2019).,;:!?])", "", text)
+    parser = Page()
+    parser.feed(page)
+    parser.close()
+    return parser.found
 
 
 def build(package: pathlib.Path, output: pathlib.Path) -> tuple[int, int]:
@@ -121,8 +155,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command_line.exit_codes():
         main()
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
