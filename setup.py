@@ -41,13 +41,25 @@ FAST = ["simplejpeg>=1.9", "opencv-python-headless>=4.10"]
 # Captions are made tokens by these; nothing else needs them (docs/data.md).
 TEXT = ["sentencepiece>=0.2.1", "tokenizers>=0.21"]
 
+# Other people's checkpoints are read with these (docs/weights.md).
+WEIGHTS = ["safetensors>=0.5", "onnx>=1.17", "onnxruntime>=1.20"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "fast": FAST,
+    # RandAugment of the SparseFormer recipe; brings torch.
+    "augment": ["timm>=1.0"],
     "text": TEXT,
-    # Other people's checkpoints; nothing uses them yet.
-    "weights": ["safetensors>=0.5", "onnx>=1.17"],
+    "weights": WEIGHTS,
+    # What the tests compare the readers of checkpoints with; they skip without it.
+    "parity": [
+        *WEIGHTS,
+        "torch>=2.4",
+        "timm>=1.0.9",
+        "transformers>=4.50",
+        "open_clip_torch>=2.30",
+    ],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -58,6 +70,7 @@ EXTRAS = {
         "basedpyright>=1.28",
         *FAST,
         *TEXT,
+        *WEIGHTS,
     ],
 }
 

@@ -14,7 +14,7 @@ LAZY = {
     "packed_attention": "navit_jax.models.attention",
     "NaViT": "navit_jax.models.navit",
     "assign_rows": "navit_jax.data.packers",
-    "load": "navit_jax.predictor",
+    "load": "navit_jax.pretrained",
 }
 
 

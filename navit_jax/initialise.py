@@ -102,23 +102,46 @@ def load_params(
 def from_run(
     params: Any,
     *,
-    workdir: str,
+    workdir: str = "",
+    weights: str = "",
     step: int | str | None = None,
     subtree: str = "params",
     rules: Sequence[Any] = ((r"(.*)", r"\1"),),
     resample: Sequence[Any] = (),
     allow_unused: Sequence[str] = (),
 ) -> Any:
-    """Fills parameters from a checkpoint of another run, and logs where each came from.
+    """Fills parameters from another run, or a file of weights; logs where from.
 
     This is section `model.init` of a config.
 
     Args:
       params: As of `load_params`, on a mesh.
       workdir: The folder of the other run.
-      step, subtree: As of `checkpoint.restore_params`.
+      weights: Instead, a file as of `weights.read`, or a name that `weights.fetch`
+        knows; its parameters are `encoder/` and `head/` or `image_head/`.
+      step, subtree: As of `checkpoint.restore_params`, of a run.
       rules, resample, allow_unused: As of `load_params`.
+
+    Raises:
+      ConfigError: neither or both are given; or as of `load_params`.
     """
+    if bool(workdir) == bool(weights):
+        raise ConfigError("config.model.init: give workdir or weights, one of them")
+    if weights:
+        # Not above: that package reports by this module.
+        from navit_jax.weights import fetch, read
+
+        found = read(fetch.find(weights))
+        filled, origins = load_params(
+            params, found.params, rules, resample, allow_unused
+        )
+        logging.info(
+            "from %s, whose config.model is %s:\n%s",
+            weights,
+            found.model,
+            format_table(origins),
+        )
+        return filled
     folder = epath.Path(workdir).absolute() / "checkpoints"
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -15,17 +15,17 @@ LAYERS = (
     {"batch", "metrics", "errors", "config"},
     {
         "calibration", "charts", "checkpoint", "checksums", "command_line", "culprits",
-        "data", "host_signals", "initialise", "isolation", "linear_probe",
-        "losses", "models", "optim", "page", "paths", "peak_flops", "pictures",
-        "progress", "records", "reporting", "results", "retention", "retrieval",
-        "run_folder", "run_lock", "saved_steps", "schedules", "sharding", "signals",
-        "zero_shot",
+        "data", "host_signals", "inheritance", "initialise", "isolation",
+        "linear_probe", "losses", "models", "optim", "page", "paths", "peak_flops",
+        "pictures", "progress", "records", "reporting", "results", "retention",
+        "retrieval", "run_folder", "run_lock", "saved_steps", "schedules", "sharding",
+        "signals", "weights", "zero_shot",
     },
     {"tasks"},
-    {"train_state", "experiment", "compile", "dial", "judges", "text_embedder",
-     "train_flops"},
-    {"baselines", "evaluate", "evaluator", "few_shot", "predictor"},
-    {"train", "predict", "plan", "doctor", "gallery", "report", "samples"},
+    {"agreement", "train_state", "experiment", "compile", "dial", "judges", "judging",
+     "text_embedder", "train_flops"},
+    {"baselines", "evaluate", "evaluator", "few_shot", "predictor", "pretrained"},
+    {"train", "predict", "plan", "doctor", "gallery", "report", "samples", "teach"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

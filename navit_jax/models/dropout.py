@@ -23,6 +23,7 @@ def draw(
     depth: int,
     drop_path: float,
     dropout: float,
+    branches: int = 2,
 ) -> Draws:
     """Draws for all blocks, stacked on axis 0.
 
@@ -31,10 +32,11 @@ def draw(
       drop_path: Rate at which the last block drops a branch of an image; it grows
         linearly from 0 in the first (Huang et al. 2016).
       dropout: Only whether it is above 0 matters here.
+      branches: Of a block.
 
     Returns:
-      `scales` [depth B L 2], 0 for a dropped branch and 1 / (1 - rate) for a kept one;
-      `keys` [depth B L], for dropout. Each only when its rate is above 0.
+      `scales` [depth B L branches], 0 for a dropped branch and 1 / (1 - rate) for a
+      kept one; `keys` [depth B L], for dropout. Each only when its rate is above 0.
     """
     draws: Draws = {}
     fold = jax.random.fold_in
@@ -42,8 +44,8 @@ def draw(
     to_tokens = jax.vmap(lambda values, slot: values[slot])
     if drop_path:
         rates = drop_path * jnp.arange(depth) / max(depth - 1, 1)
-        rates = rates[:, None]
-        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (depth, 2))))
+        rates, shape = rates[:, None], (depth, branches)
+        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, shape)))
         kept = uniform(each(image_keys, 0)) >= rates
         scales = to_tokens(kept / (1 - rates), slots)
         draws["scales"] = jnp.moveaxis(scales, 2, 0)
@@ -58,7 +60,10 @@ def draw(
 def residual(
     branch: Float[Array, "B L D"], which: int, draws: Draws, dropout: float
 ) -> Float[Array, "B L D"]:
-    """The part of a branch that is added: `which` is 0 for attention, 1 for the MLP."""
+    """The part of a branch that is added: `which` is 0 for attention, 1 for the MLP.
+
+    Of a block of more branches the others follow.
+    """
     if "keys" in draws:
         D = branch.shape[-1]
 

@@ -91,6 +91,8 @@ class AttentionPool(nn.Module):
     bias_ln: bool
     bias_mlp: bool
     dtype: Any
+    activation: str = "gelu_tanh"
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -112,6 +114,7 @@ class AttentionPool(nn.Module):
         )
         attended = segment_attend(scores / K**0.5, value, masks)
         pooled = merge_heads(D, self.bias_mlp, self.dtype, "out")(attended)
-        normed = layer_norm(pooled, self.bias_ln, self.dtype, "norm")
-        pooled += Mlp(self.hidden, self.bias_mlp, self.dtype, name="mlp")(normed)
+        normed = layer_norm(pooled, self.bias_ln, self.dtype, "norm", self.eps)
+        mlp = Mlp(self.hidden, self.bias_mlp, self.dtype, self.activation, name="mlp")
+        pooled += mlp(normed)
         return jnp.where(masks.any(-1, keepdims=True), pooled, 0)

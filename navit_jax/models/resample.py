@@ -29,7 +29,7 @@ def resample(
     Args:
       filter: "bilinear"; "antialias", bilinear with the triangle widened when the grid
         is smaller than the table (SigLIP 2); "bicubic", a = -0.75 with the border
-        repeated (DINOv2).
+        repeated (DINOv2); "bicubic_antialias", a = -0.5, widened alike (timm).
 
     Raises:
       ConfigError: an unknown filter.
@@ -77,7 +77,7 @@ def _bicubic(
     return (taps * jnp.stack(weights, -1)[..., None, :]).sum(-1)
 
 
-def _keys_kernel(x: Float[Array, "B L"], a: float = -0.75) -> Float[Array, "B L"]:
+def _keys_kernel(x: Float[Array, "*S"], a: float = -0.75) -> Float[Array, "*S"]:
     """Keys' cubic convolution kernel for 0 <= x < 2."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -87,16 +87,39 @@ def _keys_kernel(x: Float[Array, "B L"], a: float = -0.75) -> Float[Array, "B L"
 def _antialias(
     index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
 ) -> Float[Array, "B L {size}"]:
-    # Distances in table entries, times 2 n: whole numbers.
-    entries = 2 * jnp.arange(size) + 1
-    centre = (2 * index + 1) * size
-    distance = jnp.abs(entries * side[..., None] - centre[..., None])
-    reach = 2 * jnp.maximum(size, side)[..., None]
+    distance, reach = _distances(index, side, size)
     weights = jnp.maximum(reach - distance, 0).astype(jnp.float32)
     return weights / weights.sum(-1, keepdims=True)
 
 
-FILTERS = {"bilinear": _bilinear, "antialias": _antialias, "bicubic": _bicubic}
+def _bicubic_antialias(
+    index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
+) -> Float[Array, "B L {size}"]:
+    distance, reach = _distances(index, side, size)
+    x = distance / reach
+    weights = jnp.where(x < 2, _keys_kernel(x, -0.5), 0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _distances(
+    index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
+) -> tuple[Int[Array, "B L {size}"], Int[Array, "B L 1"]]:
+    """Of each entry from the sample's centre, and the wider of the two spacings.
+
+    In table entries, times 2 n: whole numbers.
+    """
+    entries = 2 * jnp.arange(size) + 1
+    centre = (2 * index + 1) * size
+    distance = jnp.abs(entries * side[..., None] - centre[..., None])
+    return distance, 2 * jnp.maximum(size, side)[..., None]
+
+
+FILTERS = {
+    "bilinear": _bilinear,
+    "antialias": _antialias,
+    "bicubic": _bicubic,
+    "bicubic_antialias": _bicubic_antialias,
+}
 
 
 class Learned1D(nn.Module):
@@ -105,12 +128,14 @@ class Learned1D(nn.Module):
     Attributes:
       width: D.
       side: Entries a side of the table.
+      columns: Entries a row of a table that is not square; None: `side`.
       length: The widest grid the plan lets through; resampling itself has no limit.
       filter: As in `resample`.
     """
 
     width: int
     side: int = 16
+    columns: int | None = None
     length: int = 64
     filter: str = "bilinear"
 
@@ -119,6 +144,6 @@ class Learned1D(nn.Module):
         self, coords: Int[Array, "B L 2"], grids: Int[Array, "B L 2"]
     ) -> Float[Array, "B L D"]:
         """The position of each token, in float32."""
-        shape = (self.side, self.side, self.width)
+        shape = (self.side, self.columns or self.side, self.width)
         table = self.param("table", nn.initializers.normal(0.02), shape)
         return resample(table, coords, grids, self.filter)

@@ -45,14 +45,17 @@ def spec(size: str) -> Spec:
     Raises:
       ConfigError: the name is not in `SIZES`, or the patch side is no whole number.
     """
-    return _split(size)[0]
+    name, _ = _split(size)
+    if name not in SIZES:
+        raise ConfigError(f"config.model.size={size!r}: {nearest(name, SIZES)}")
+    return SIZES[name]
 
 
 def patch_size(size: str) -> int:
-    """The side of a patch in pixels, 16 for `"B/16"`.
+    """The side of a patch in pixels, 16 for `"B/16"`, whatever the name.
 
     Raises:
-      ConfigError: as `spec`.
+      ConfigError: it is no whole number.
     """
     return _split(size)[1]
 
@@ -90,12 +93,10 @@ def replace(spec: Spec, tower: Any, where: str) -> Spec:
     return spec
 
 
-def _split(size: str) -> tuple[Spec, int]:
+def _split(size: str) -> tuple[str, int]:
     name, _, side = size.partition("/")
     if not side.isdecimal() or int(side) < 1:
         raise ConfigError(
             f"config.model.size={size!r}: write a name and a patch side, as 'B/16'"
         )
-    if name not in SIZES:
-        raise ConfigError(f"config.model.size={size!r}: {nearest(name, SIZES)}")
-    return SIZES[name], int(side)
+    return name, int(side)

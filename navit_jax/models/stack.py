@@ -3,22 +3,24 @@
 A tower is a module with the attributes that `encode` reads, and each has them as its
 config names them; the parameters become its own.
 
-Shapes: B rows, L tokens a row, N slots a row, A axes, D width, W pairs of a head.
+Shapes: B rows, L tokens a row, N slots a row, A axes, D width, W pairs of a head; M
+tokens a row with special ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
-from navit_jax.models import pooling
+from navit_jax.errors import ConfigError
+from navit_jax.models import pooling, special_tokens
 from navit_jax.models.choices import pick
 from navit_jax.models.device_rows import keep_rows
 from navit_jax.models.dropout import draw
-from navit_jax.models.layers import Block, layer_norm
+from navit_jax.models.layers import XAVIER, Block, layer_norm
 
 POLICIES = jax.checkpoint_policies
 # What the backward pass of a block keeps from the forward pass.
@@ -45,6 +47,8 @@ def encode(
     num_slots: int,
     keys: Key[Array, "B N"] | None,
     angles: Float[Array, "B L W"] | None = None,
+    special: Mapping[str, Float[Array, "_ D"]] | None = None,
+    pre_norm: bool = False,
 ) -> dict[str, Array]:
     """Runs blocks, norm and pooling as modules of a tower; call it where it is compact.
 
@@ -53,30 +57,64 @@ def encode(
       tokens: Embedded; anything finite at padding.
       keys: Of each slot, for drop path and dropout; None drops nothing.
       angles: Of rotary positions.
+      special: Tokens that go before those of each image by name, in order, that of
+        "class" first. They are not rotated, and neither in `tokens` nor in a pool.
+      pre_norm: Whether tokens are normalised before the first block too.
 
     Returns:
       `tokens` [B L D], 0 at padding; `pooled` [B N D], 0 in slots without a token,
-      absent with pooling="none".
+      absent with pooling="none"; with a class token also `class` [B N D].
+
+    Raises:
+      ConfigError: an attribute of the tower has no such choice.
     """
     dtype = pick(f"{where}.dtype", tower.dtype, DTYPES)
+    ids, places, out, added = segment_ids, coords, {}, [*(special or {}).values()]
+    if added:
+        rows = jnp.concatenate(added).astype(dtype)
+        tokens, ids, index = special_tokens.insert(tokens, ids, rows, num_slots)
+        index = index[..., None]
+        places = jnp.where(index < 0, index, _follow(coords, index))
+        if angles is not None:
+            angles = jnp.where(index < 0, 0, _follow(angles, index))
     draws = {}
     if keys is not None:
-        slots = jnp.maximum(segment_ids - 1, 0)
+        slots = jnp.maximum(ids - 1, 0)
         draws = draw(
-            keys, slots, coords, tower.spec.depth, tower.drop_path, tower.dropout
+            keys, slots, places, tower.spec.depth, tower.drop_path, tower.dropout
         )
     tokens = keep_rows(tokens)
-    tokens, _ = _blocks(tower, where, dtype)(tokens, draws, segment_ids, angles)
-    tokens = layer_norm(tokens, tower.bias_ln, dtype, "norm")
-    tokens = keep_rows(jnp.where((segment_ids > 0)[..., None], tokens, 0))
+    if pre_norm:
+        tokens = layer_norm(tokens, tower.bias_ln, dtype, "pre_norm", tower.eps)
+    tokens, _ = build_blocks(tower, where, dtype)(tokens, draws, ids, angles)
+    tokens = layer_norm(tokens, tower.bias_ln, dtype, "norm", tower.eps)
+    tokens = keep_rows(jnp.where((ids > 0)[..., None], tokens, 0))
+    if special and "class" in special:
+        out["class"] = keep_rows(special_tokens.first(tokens, ids, num_slots))
+    if added:
+        num_special = sum(map(len, added))
+        tokens = special_tokens.remove(tokens, segment_ids, num_special, num_slots)
+    out["tokens"] = keep_rows(tokens)
     pool = pick(f"{where}.pooling", tower.pooling, POOLING)
     if pool is None:
-        return {"tokens": tokens}
+        return out
+    if tower.pooling == "class":
+        if "class" not in out:
+            raise ConfigError(f"config.{where}.pooling='class': it has no class token")
+        return {**out, "pooled": out["class"]}
     masks = pooling.image_masks(segment_ids, num_slots)
-    return {"tokens": tokens, "pooled": keep_rows(pool(tower, dtype)(tokens, masks))}
+    return {**out, "pooled": keep_rows(pool(tower, dtype)(tokens, masks))}
 
 
-def _blocks(tower: Any, where: str, dtype: Any) -> nn.Module:
+def _follow(
+    values: Shaped[Array, "B L A"], index: Int[Array, "B M 1"]
+) -> Shaped[Array, "B M A"]:
+    """Values of tokens, where `special_tokens.insert` has put these."""
+    return jnp.take_along_axis(values, jnp.maximum(index, 0), axis=1)
+
+
+def build_blocks(tower: Any, where: str, dtype: Any, init: Any = XAVIER) -> nn.Module:
+    """The tower's blocks as one module, called as `layers.Block`."""
     block, policy = Block, pick(f"{where}.remat", tower.remat, REMAT)
     if policy is not None:
         # A loop's iterations are not merged; blocks compiled in a line could be.
@@ -100,6 +138,10 @@ def _blocks(tower: Any, where: str, dtype: Any) -> nn.Module:
         implementation=tower.attention,
         dropout=tower.dropout,
         dtype=dtype,
+        activation=tower.activation,
+        eps=tower.eps,
+        layer_scale=tower.layer_scale,
+        init=init,
         name="blocks",
     )
 
@@ -112,6 +154,8 @@ def _map_pool(tower: Any, dtype: Any) -> pooling.AttentionPool:
         bias_ln=tower.bias_ln,
         bias_mlp=tower.bias_mlp,
         dtype=dtype,
+        activation=tower.activation,
+        eps=tower.eps,
         name="pool",
     )
 
@@ -119,5 +163,7 @@ def _map_pool(tower: Any, dtype: Any) -> pooling.AttentionPool:
 POOLING: dict[str, Callable[..., Any] | None] = {
     "map": _map_pool,
     "mean": lambda *_: pooling.mean_pool,
+    # `encode` reads it itself.
+    "class": lambda *_: pooling.mean_pool,
     "none": None,
 }

@@ -50,6 +50,9 @@ class TextTower(nn.Module):
     bias_ln: bool = False
     bias_mlp: bool = True
     qk_norm: bool = True
+    activation: str = "gelu_tanh"
+    eps: float = 1e-6
+    layer_scale: float | int = 0.0
     attention: str = "auto"
     dtype: str = "float32"
     scan: bool = True

@@ -1,0 +1,119 @@
+"""From a file of a vision transformer to our section `model` and its parameters."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from navit_jax import paths
+from navit_jax.errors import ConfigError
+from navit_jax.initialise import Origin
+from navit_jax.weights import flax_layouts, layouts, official
+from navit_jax.weights.files import Tensors, read_config, read_tensors
+from navit_jax.weights.reader import Reader
+from navit_jax.weights.sections import check_shapes, infer
+
+# The first whose signs a file has; so the more particular come first.
+LAYOUTS: dict[str, layouts.Layout] = {
+    "sparseformer": official.SPARSEFORMER,
+    "augreg": flax_layouts.AUGREG,
+    "big_vision": flax_layouts.BIG_VISION,
+    "dinov2": layouts.DINOV2,
+    "timm": layouts.TIMM,
+    "hf_dinov2": layouts.HF_DINOV2,
+    "hf_vit": layouts.HF_VIT,
+    "hf_siglip": layouts.HF_SIGLIP,
+    "hf_clip": layouts.HF_CLIP,
+    "openai_clip": layouts.OPENAI,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+      layout: Of LAYOUTS.
+      model: The section `model` that builds the encoder.
+      params: `encoder`, and `head` or `image_head` where the file has one.
+      origins: Where each parameter comes from, and what is left over; print it with
+        `initialise.format_table`.
+      assumed: Attributes of the model that the file does not say.
+    """
+
+    layout: str
+    model: dict[str, Any]
+    params: dict[str, Any]
+    origins: list[Origin]
+    assumed: list[str]
+
+
+def read(
+    path: str | pathlib.Path,
+    grid: Sequence[int] | None = None,
+    allow_unused: Sequence[str] = (),
+    **replace: Any,
+) -> Weights:
+    """Reads a file, or a folder as `save_pretrained` writes it.
+
+    Args:
+      grid: Rows and columns of the grid of positions; None: as `config.json` beside it
+        says, or a square.
+      allow_unused: Patterns of tensors of the encoder that may be left over. What is
+        outside of it, as a tower of texts, always may.
+      replace: Attributes of the model in place of what is found or assumed, as
+        `activation="gelu"`.
+
+    Raises:
+      ConfigError: the file can not be read, or is of no known layout; a tensor of the
+        encoder is left over, or missing.
+    """
+    path = pathlib.Path(path).expanduser()
+    tensors = official.rename(_unstack(read_tensors(path)))
+    config = read_config(path)
+    name, prefix = find_layout(tensors, str(path))
+    layout = LAYOUTS[name]
+    reader = Reader(tensors, layout, prefix, config | replace)
+    found = reader.collect(grid)
+    if name == "sparseformer":
+        model, assumed = official.infer(found, replace)
+    else:
+        model, assumed = infer(found, layout, config, replace)
+    reader.refuse_unused(allow_unused, str(path))
+    params = paths.nest(found)
+    check_shapes(model, params["encoder"], str(path))
+    return Weights(name, model, params, reader.origins, assumed)
+
+
+def find_layout(tensors: Tensors, path: str) -> tuple[str, str]:
+    """The layout of a file, and the prefix of all names of its encoder.
+
+    Raises:
+      ConfigError: it is none of LAYOUTS.
+    """
+    for name, layout in LAYOUTS.items():
+        first, *others = layout.signs
+        prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)]
+        for prefix in sorted(prefixes):
+            whole = prefix == "" or prefix[-1] in "./"
+            if whole and all(prefix + other in tensors for other in others):
+                return name, prefix
+    some = ", ".join(list(tensors)[:5])
+    raise ConfigError(
+        f"{path}: its names ({some}, ...) are of none of the layouts "
+        f"{', '.join(LAYOUTS)}"
+    )
+
+
+def _unstack(tensors: Tensors) -> Tensors:
+    """Gives each of the blocks that are stacked on axis 0 a name of its own."""
+    pattern = re.compile(r"(.*Transformer/encoderblock)/(.*)")
+    flat: Tensors = {}
+    for name, value in tensors.items():
+        if match := pattern.fullmatch(name):
+            for i, each in enumerate(value):
+                flat[f"{match[1]}_{i}/{match[2]}"] = each
+        else:
+            flat[name] = value
+    return flat
