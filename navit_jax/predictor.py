@@ -167,6 +167,8 @@ class Predictor:
         upscale: bool | None = None,
     ) -> list[Float32[np.ndarray, "rows columns D"]]:
         """The encoded patches of each picture, on its grid; raises as `predict`."""
+        if isinstance(self._encoder, models.SparseFormer):
+            raise ConfigError("a SparseFormer has no tokens of patches; use `embed`")
         return self._all("tokens", images, side, tokens, upscale)
 
     def results(
@@ -241,7 +243,7 @@ class Predictor:
         return text_embedder.open_embedder(self.config, self.task, self.mesh)
 
     @functools.cached_property
-    def _encoder(self) -> models.NaViT:
+    def _encoder(self) -> models.Encoder:
         return experiment.build_encoder(self.config)
 
     def _stream(

@@ -87,7 +87,11 @@ def test_the_fixed_list_is_the_same_everywhere(benchmark_module):
     [
         ("attention", ["dense / blocks", "work / sum n^2"]),
         ("compiling", ["scanned / unrolled", "with a full cache"]),
-        ("contrastive", ["time / dense", "of gathering both", "d image"]),
+        (
+            "contrastive",
+            ["core-s / dense", "MiB resident", "of gathering both", "d image"],
+        ),
+        ("sampling", ["gather ms", "canvas / tiles"]),
         ("text_padding", ["packed | 104", "padded to 64 | 640", "over packed"]),
     ],
 )

@@ -2,8 +2,18 @@
 
 from navit_jax.models.navit import NaViT
 from navit_jax.models.sizes import patch_size, spec
+from navit_jax.models.sparseformer import SparseFormer
 from navit_jax.models.text import TextTower
 
-MODELS = {"navit": NaViT}
+Encoder = NaViT | SparseFormer
+MODELS = {"navit": NaViT, "sparseformer": SparseFormer}
 
-__all__ = ["MODELS", "NaViT", "TextTower", "patch_size", "spec"]
+__all__ = [
+    "MODELS",
+    "Encoder",
+    "NaViT",
+    "SparseFormer",
+    "TextTower",
+    "patch_size",
+    "spec",
+]
