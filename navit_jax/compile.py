@@ -15,7 +15,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from navit_jax import config as config_lib
-from navit_jax import experiment, initialise, optim, sharding, train_state
+from navit_jax import (
+    experiment,
+    inheritance,
+    initialise,
+    optim,
+    sharding,
+    train_state,
+)
 from navit_jax.batch import PackedBatch
 from navit_jax.tasks import Task
 from navit_jax.train_state import TrainState
@@ -46,7 +53,8 @@ class Program:
         self._example = example
         key = jax.random.key(config["seed"])
         params = jax.eval_shape(task.init, key, example)
-        self._tx, self.schedule = optim.build(config["optim"], config["steps"], params)
+        section = {**config["optim"], "freeze": freeze(config, task)}
+        self._tx, self.schedule = optim.build(section, config["steps"], params)
         shapes = jax.eval_shape(self._init, key)
         self._shardings = sharding.state_shardings(shapes, params, mesh)
         self.abstract: TrainState = jax.tree.map(
@@ -59,12 +67,17 @@ class Program:
         """Fresh values, or parameters that `model.init` loads, already sharded."""
         init = jax.jit(self._init, out_shardings=self._shardings)
         state = init(jax.random.key(self._config["seed"]))
-        section = self._config["model"].get("init")
-        if not section:
+        section, params = self._config["model"].get("init"), state.params
+        rules = getattr(self._task, "inherit", ())
+        if not section and not rules:
             return state
-        params = config_lib.call(
-            initialise.from_run, section, "model.init", params=state.params
-        )
+        if section:
+            params = config_lib.call(
+                initialise.from_run, section, "model.init", params=params
+            )
+        if rules:
+            copy = functools.partial(inheritance.inherit, rules=rules)
+            params = jax.jit(copy, out_shardings=self._shardings.params)(params)
         ema = jax.tree.map(lambda x: x.copy(), params) if self._options.ema else {}
         return dataclasses.replace(state, params=params, ema=ema)
 
@@ -83,7 +96,7 @@ class Program:
             accumulate=self._options.accumulate,
             shards=shards,
             ema_decay=self._options.ema,
-            freeze=self._config["optim"].get("freeze", ()),
+            freeze=freeze(self._config, self._task),
         )
 
         def step(
@@ -106,3 +119,9 @@ class Program:
         return train_state.init_state(
             self._task, self._tx, key, batch, self._options.ema
         )
+
+
+def freeze(config: Mapping[str, Any], task: Task) -> list[Any]:
+    """What is frozen, as of `optim.compose`: by the task, and by section `optim`."""
+    given = [(pattern, True) for pattern in getattr(task, "frozen", ())]
+    return [*given, *config["optim"].get("freeze", ())]

@@ -212,6 +212,8 @@ COLUMNS = {
     "seconds_per_image": "s an image",
     "accuracy": "accuracy",
     "loss": "loss",
+    "centred_cosine": "centred cosine",
+    "r1": "own teacher R@1",
     **{
         f"{way}_r{depth}": f"{short} R@{depth}"
         for way, short in (
@@ -233,7 +235,8 @@ def _cell(values: Mapping[str, float], name: str) -> str:
     if name not in values:
         return ""
     cell = f"{values[name]:.4g}"
-    if name.endswith(("/accuracy", "_r1")) and f"{name}_low" in values:
+    own = ("/accuracy", "_r1", "/r1", "/centred_cosine")
+    if name.endswith(own) and f"{name}_low" in values:
         return f"{cell} ({values[f'{name}_low']:.3f} .. {values[f'{name}_high']:.3f})"
     return cell
 

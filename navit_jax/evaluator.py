@@ -4,6 +4,7 @@ How a set is judged is one of `judges.JUDGES`. Nothing is shuffled or dropped, a
 image counts exactly once; texts are embedded once, for all resolutions of a set.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from navit_jax import data, experiment, judges, sharding, text_embedder
 from navit_jax.batch import PackedBatch
 from navit_jax.data.plan import Plan
 from navit_jax.data.quality import SHRUNK, Named
-from navit_jax.data.records import Source
 from navit_jax.errors import ConfigError, DataError
-from navit_jax.judges import Asked, Judge, Metrics, Texts
+from navit_jax.judges import Metrics, Retrieval, ZeroShot
+from navit_jax.judging import Asked, Judge, Texts
 from navit_jax.tasks import Task
 
 Params = Mapping[str, Any]
@@ -52,7 +53,7 @@ class Evaluator:
           ConfigError: a set has other classes, or asks for texts of a task that knows
             none, or as `data.open_stream`.
         """
-        self.mesh, self._config = mesh, config
+        self.mesh = mesh
         self.judges: dict[str, Judge] = {}
         self.streams: dict[str, data.Stream] = {}
         self.set_of: dict[str, str] = {}
@@ -67,9 +68,15 @@ class Evaluator:
                 if isinstance(self.judges[name], Metrics):
                     data.check_classes(stream.loader.sources[0], class_names)
         self._embedder = None
-        if any(not isinstance(judge, Metrics) for judge in self.judges.values()):
+        if any(isinstance(j, Retrieval | ZeroShot) for j in self.judges.values()):
             self._embedder = text_embedder.open_embedder(config, task, mesh)
         self._asked: dict[str, Asked] = {}
+        # A caption comes with its picture: all sets share what is read once.
+        self._training = functools.cache(
+            lambda: judges.read_captions(
+                data.open_sources(config["data"]["sources"])[0]
+            )
+        )
         self._shrunk, self._compiled = Named(SHRUNK), set()
         self._judge = jax.jit(
             lambda params, batch, compute: (
@@ -133,9 +140,6 @@ class Evaluator:
                 vectors = self._embedder.embed(params, self._asked[name].texts)
                 found[name] = Texts(*vectors)
         return found
-
-    def _training(self) -> Sequence[Source]:
-        return data.open_sources(self._config["data"]["sources"])[0]
 
     def _run_one(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from navit_jax import checkpoint, data, initialise, judges, models, optim, sharding
 from navit_jax import config as config_lib
-from navit_jax.data import crop, resolution, token_drop, tokenizer
+from navit_jax.data import crop, resolution, teacher_outputs, token_drop, tokenizer
 from navit_jax.data.given import lengthen, row_length
 from navit_jax.data.sources import SOURCES
 from navit_jax.errors import ConfigError
@@ -65,6 +65,8 @@ READERS: dict[str, tuple[Sequence[Any], Sequence[str], Sequence[str]]] = {
     "optim": ([optim.compose, optim.OPTIMIZERS], optim.GIVEN, []),
     "optim.schedule": ([SCHEDULES], ["peak", "steps"], []),
     "task": ([TASKS], ["encoder", "num_classes", "vocab_size", "text_length"], []),
+    "task.teacher": ([models.MODELS], [], []),
+    "task.teacher.positions": ([POSITIONS], ["width"], []),
     "task.text": ([models.TextTower], ["vocab_size", "length"], []),
     "train": ([TrainOptions], [], []),
 }
@@ -73,8 +75,7 @@ READERS: dict[str, tuple[Sequence[Any], Sequence[str], Sequence[str]]] = {
 def check_sections(config: Mapping[str, Any]) -> None:
     """Refuses keys that nothing reads, and names those that are missing.
 
-    Nothing is built or opened for it. The keys of an evaluation set are left to
-    `build_eval_streams`.
+    Nothing is built or opened. Those of evaluation sets: see `build_eval_streams`.
     """
     known = (*SECTIONS, "seed", "steps")
     for key in config:
@@ -129,10 +130,21 @@ def train_options(config: Mapping[str, Any]) -> TrainOptions:
     return options
 
 
-def build_encoder(config: Mapping[str, Any]) -> models.NaViT:
-    """The packed encoder that section `model` names."""
+def build_encoder(config: Mapping[str, Any]) -> models.Encoder:
+    """The packed encoder that section `model` names.
+
+    Raises:
+      ConfigError: patches are dropped of pictures that it reads whole.
+    """
     section = {k: v for k, v in config["model"].items() if k != "init"}
-    return config_lib.build(section, models.MODELS, "model")
+    encoder = config_lib.build(section, models.MODELS, "model")
+    drop = (config["data"].get("token_drop") or {}).get("name", "none")
+    if isinstance(encoder, models.SparseFormer) and drop != "none":
+        raise ConfigError(
+            f"config.data.token_drop.name={drop!r}: a SparseFormer reads whole "
+            "pictures; use 'none', and config.model.counts for fewer tokens"
+        )
+    return encoder
 
 
 def build_task(config: Mapping[str, Any], num_classes: int) -> Task:
@@ -141,20 +153,22 @@ def build_task(config: Mapping[str, Any], num_classes: int) -> Task:
     Args:
       num_classes: Of the training sources; only a task that has classes takes it.
     """
-    section = config["task"]
-    factory = TASKS.get(section.get("name"))
+    factory = TASKS.get((section := config["task"]).get("name"))
     given: dict[str, Any] = {"encoder": build_encoder(config)}
-    if factory and "num_classes" in inspect.signature(factory).parameters:
+    wanted = inspect.signature(factory).parameters if factory else ()
+    if "num_classes" in wanted:
         if num_classes < 1:
             raise ConfigError(
                 f"config.task.name={section['name']!r} needs labels, and the sources "
                 "of config.data.sources have none"
             )
         given["num_classes"] = num_classes
-    if factory and "vocab_size" in inspect.signature(factory).parameters:
+    if "vocab_size" in wanted:
         _, opened = open_text(config)
         given |= {"vocab_size": opened.vocab_size, "text_length": opened.length}
-    return config_lib.build(section, TASKS, "task", **given)
+    task = config_lib.build(section, TASKS, "task", **given)
+    teacher_outputs.check_about(config["data"], getattr(task, "about", dict))
+    return task
 
 
 def open_text(config: Mapping[str, Any]) -> tuple[int, tokenizer.Tokenizer]:
@@ -178,12 +192,13 @@ def build_stream(config: Mapping[str, Any]) -> data.Stream:
 
 # Keys of section `data` that no evaluation follows.
 TRAINING_ONLY = (
-    "resolution", "token_drop", "crop", "flip", "jitter", "fill", "plan_shards"
+    "resolution", "token_drop", "crop", "flip", "jitter", "fill", "plan_shards",
+    "repeats", "rand_augment", "teacher",
 )  # fmt: skip
 # What an evaluation set takes from section `data` unless it says otherwise.
 SHARED = (
-    "rows", "tokens", "slots", "upscale", "square", "num_labels", "text", "codec",
-    "threads",
+    "rows", "tokens", "slots", "upscale", "square", "num_labels", "pixel_classes",
+    "text", "codec", "threads",
 )  # fmt: skip
 
 

@@ -1,9 +1,4 @@
-"""The kinds of evaluation, by `config.evals.<set>.name`.
-
-A judge is a frozen dataclass of pure functions; its attributes are keys of the set:
-  read(source, training) -> what is asked of the set, once; its texts are embedded
-  compute(task, params, batch) -> arrays by slot (terms of means: by slot or token)
-  conclude(asked, texts, found, index, source) -> {metric: value} of all batches
+"""The kinds of evaluation, by `config.evals.<set>.name`; see `judging.py`.
 
 M images of a set that can be used, S texts, P pairs, E embedding width.
 """
@@ -11,77 +6,25 @@ M images of a set that can be used, S texts, P pairs, E embedding width.
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
-from navit_jax import calibration, retrieval, zero_shot
+from navit_jax import agreement, calibration, retrieval, zero_shot
 from navit_jax import config as config_lib
 from navit_jax.batch import PackedBatch
 from navit_jax.data.bad_image import BadImage
 from navit_jax.data.records import Record, Source
 from navit_jax.errors import ConfigError
-from navit_jax.metrics import Mean, interval_by_group
+from navit_jax.judging import Asked, Judge, Texts, Training, interval
+from navit_jax.metrics import Mean
 from navit_jax.tasks import Task
 
 # Captions of larger training sets are not searched for the names of classes.
 SEARCHED = 100_000
-Training = Callable[[], Sequence[Source]]
-
-
-class Asked(NamedTuple):
-    """What is asked of a set.
-
-    Attributes:
-      texts: To be embedded.
-      pairs: [P 2] (image, text), or (image, class).
-      absent: [C], the classes whose names no training caption holds, if known.
-    """
-
-    texts: list[str]
-    pairs: Int[np.ndarray, "P 2"]
-    absent: np.ndarray | None = None
-
-
-class Texts(NamedTuple):
-    """Embeddings [S E], and whether the tokenizer knows the text [S]."""
-
-    vectors: np.ndarray
-    known: np.ndarray
-
-
-@runtime_checkable
-class Judge(Protocol):
-    """One kind of evaluation."""
-
-    def read(self, source: Source, training: Training) -> Asked:
-        """What is asked of the set, whatever the parameters."""
-        ...
-
-    @property
-    def compute(self) -> Callable[[Task, Any, PackedBatch], Any]:
-        """What the devices say of a batch; the same function for all that are alike."""
-        ...
-
-    def conclude(
-        self,
-        asked: Asked,
-        texts: Texts | None,
-        found: Any,
-        index: Int[np.ndarray, " M"],
-        source: Source,
-    ) -> dict[str, float]:
-        """The metrics of all batches.
-
-        Args:
-          texts: Of `asked.texts`; None where there are none.
-          found: What was computed, joined over the batches: of slots [slots ...].
-          index: The image of each slot; -1 of those without one that can be used.
-        """
-        ...
 
 
 def compute_metrics(task: Task, params: Any, batch: PackedBatch) -> dict[str, Mean]:
@@ -119,7 +62,7 @@ class Metrics:
             here = mean.weight > 0
             if index.shape == here.shape:
                 own = jax.tree.map(lambda x, here=here: x[here], mean)
-                values |= _interval(name, own, index[here], source)
+                values |= interval(name, own, index[here], source)
         if "confidence" in found and (here := found["confidence"].weight > 0).any():
             confidence = found["confidence"].total[here]
             right = found["accuracy"].total[here]
@@ -199,15 +142,8 @@ class ZeroShot:
         prompts = zero_shot.list_prompts(names, self.templates)
         labels = [(i, c) for i, r in enumerate(read_all(source)) for c in r.labels]
         pairs = np.array(labels, np.int64).reshape(-1, 2)
-        sources, absent = training(), None
-        if (records := sum(map(len, sources))) <= SEARCHED:
-            texts = (c for s in sources for r in read_all(s) for c in r.captions)
-            absent = zero_shot.find_absent(names, texts)
-        else:
-            logging.info(
-                "zero_shot: the captions of %d training records are too many to tell "
-                "which names they hold", records,
-            )  # fmt: skip
+        captions = training()
+        absent = None if captions is None else zero_shot.find_absent(names, captions)
         return Asked(prompts, pairs, absent)
 
     compute = staticmethod(embed_images)
@@ -242,7 +178,7 @@ class ZeroShot:
         hits = retrieval.hits(found[here][used], classes, right, (1,))[:, 0]
         values = {"accuracy": float(hits.mean())}
         terms = Mean(total=hits, weight=np.ones(len(hits)))
-        values |= _interval("accuracy", terms, own, source)
+        values |= interval("accuracy", terms, own, source)
         if asked.absent is not None:
             absent = np.ones(len(hits), bool)
             np.logical_and.at(absent, right[:, 0], asked.absent[right[:, 1]])
@@ -252,7 +188,12 @@ class ZeroShot:
         return values
 
 
-JUDGES = {"metrics": Metrics, "retrieval": Retrieval, "zero_shot": ZeroShot}
+JUDGES = {
+    "agreement": agreement.Agreement,
+    "metrics": Metrics,
+    "retrieval": Retrieval,
+    "zero_shot": ZeroShot,
+}
 
 
 def choose(
@@ -278,6 +219,17 @@ def no_captions(source: Source) -> str:
     )
 
 
+def read_captions(sources: Sequence[Source]) -> list[str] | None:
+    """All captions of some sources; None, and a line of the log, if too many."""
+    if (records := sum(map(len, sources))) > SEARCHED:
+        logging.info(
+            "zero_shot: the captions of %d training records are too many to tell "
+            "which names they hold", records,
+        )  # fmt: skip
+        return None
+    return [c for source in sources for r in read_all(source) for c in r.captions]
+
+
 def read_all(source: Source) -> Iterator[Record]:
     """The records of a source; one that can not be had has no captions and labels."""
     for i in range(len(source)):
@@ -285,14 +237,3 @@ def read_all(source: Source) -> Iterator[Record]:
             yield source[i]
         except (OSError, BadImage):
             yield Record(f"#{i}", b"")
-
-
-def _interval(
-    name: str, terms: Mean, index: np.ndarray, source: Source
-) -> dict[str, float]:
-    """The 95 % interval of a mean by image, if near-duplicates are known."""
-    groups = getattr(source, "groups", None)
-    if groups is None:
-        return {}
-    low, high = interval_by_group(terms.total, terms.weight, groups[index])
-    return {f"{name}_low": low, f"{name}_high": high}

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from navit_jax import config, paths
+from navit_jax.errors import ConfigError
 from navit_jax.schedules import SCHEDULES
 
 # Arguments of `compose` that are not the config's.
@@ -72,7 +73,9 @@ def compose(
       freeze: (pattern, whether it is frozen) pairs; not frozen without a match. Frozen
         parameters stay equal to the bit, have no optimizer state, count in no norm,
         and no backward pass leads to them (`stop_frozen`): a locked image tower
-        (LiT) is (("encoder/.*", True),) and goes forward only.
+        (LiT) is (("encoder/.*", True),) and goes forward only. Of stacked parameters
+        some layers may be frozen, as (("encoder/blocks/.*", "4:"),): they stay equal
+        to the bit too, but keep their optimizer state.
       clip: The largest global norm of the gradient; 0 switches clipping off.
     """
     names = list(paths.flatten(params))
@@ -97,27 +100,65 @@ def compose(
             )
         ),
         optax.scale_by_learning_rate(rate),
+        _each(lambda name, update, _: _still(update, frozen[name])),
     )
     # Adding -0.0 changes no bit; adding 0.0 turns -0.0 into 0.0.
     still = _each(lambda _, update, __: jnp.full_like(update, -0.0))
     labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: "frozen" if frozen[paths.name(path)] else "trained", params
+        lambda path, _: "frozen" if frozen[paths.name(path)] is True else "trained",
+        params,
     )
     return optax.partition({"trained": trained, "frozen": still}, labels), rate
 
 
-def find_frozen(freeze: Sequence[Any], params: Any) -> dict[str, bool]:
-    """Whether each parameter, by path, is frozen; `freeze` as of `compose`."""
-    return paths.pick(freeze, paths.flatten(params), False, "optim.freeze")
+def find_frozen(freeze: Sequence[Any], params: Any) -> dict[str, bool | slice]:
+    """Whether each parameter, by path, is frozen, or which of its layers are.
+
+    Args:
+      freeze: As of `compose`.
+
+    Raises:
+      ConfigError: layers of a parameter that has none.
+    """
+    where = "optim.freeze"
+    leaves = paths.flatten(params)
+    frozen = paths.pick(freeze, leaves, False, where)
+    for name, layers in frozen.items():
+        if isinstance(layers, str):
+            if not paths.is_stacked(name):
+                raise ConfigError(
+                    f"config.{where}: {name} is of no stack of blocks: there are no "
+                    f"layers {layers!r}; freeze it as a whole (True) or not"
+                )
+            frozen[name] = paths.parse_layers(layers, where)
+    return frozen
 
 
 def stop_frozen(freeze: Sequence[Any], params: Any) -> Any:
     """The parameters; a gradient with respect to frozen ones is 0, at no cost."""
     frozen = find_frozen(freeze, params)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: jax.lax.stop_gradient(p) if frozen[paths.name(path)] else p,
-        params,
-    )
+
+    def stop(path: Any, p: jax.Array) -> jax.Array:
+        layers = frozen[paths.name(path)]
+        if not isinstance(layers, slice):
+            return jax.lax.stop_gradient(p) if layers else p
+        return jnp.where(_mask(p, layers), jax.lax.stop_gradient(p), p)
+
+    return jax.tree_util.tree_map_with_path(stop, params)
+
+
+def _still(update: jax.Array, layers: bool | slice) -> jax.Array:
+    """The update, nothing for the layers that are frozen."""
+    if not isinstance(layers, slice):
+        return update
+    return jnp.where(_mask(update, layers), -0.0, update)
+
+
+def _mask(p: jax.Array, layers: slice) -> np.ndarray:
+    """Which layers are meant, in the rank of the parameter."""
+    mask = np.zeros(p.shape[0], bool)
+    mask[layers] = True
+    return mask.reshape(-1, *[1] * (p.ndim - 1))
 
 
 def _each(

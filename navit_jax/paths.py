@@ -45,6 +45,22 @@ def is_stacked(path: str) -> bool:
     return "blocks" in path.split("/")[:-1]
 
 
+def parse_layers(text: str, where: str) -> slice:
+    """The layers of stacked parameters that "4:", ":4" or "2:-2" stand for.
+
+    Args:
+      where: The field of the config, for messages.
+
+    Raises:
+      ConfigError: it is nothing of the kind.
+    """
+    if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        raise ConfigError(
+            f"config.{where}: layers {text!r}: write them as '4:' or ':4'"
+        )
+    return slice(*(int(end) if end else None for end in text.split(":")))
+
+
 def pick(
     pairs: Sequence[Any], names: Iterable[str], default: Any, where: str
 ) -> dict[str, Any]:

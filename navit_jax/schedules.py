@@ -32,13 +32,23 @@ def reciprocal_sqrt(
 
 
 def cosine(
-    peak: float, steps: int, *, warmup: int | float = 0, cooldown: int | float = 0
+    peak: float,
+    steps: int,
+    *,
+    warmup: int | float = 0,
+    cooldown: int | float = 0,
+    floor: int | float = 0,
 ) -> optax.Schedule:
-    """Falls as half a cosine from the end of the warmup to 0 at the end of the run."""
+    """Falls as half a cosine from the end of the warmup to the end of the run.
+
+    Args:
+      floor: Where it ends, as a share of the peak.
+    """
     after = steps - in_steps(warmup, steps, "warmup")
 
     def law(s: jax.Array) -> jax.Array:
-        return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(s / max(after, 1), 0, 1)))
+        wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(s / max(after, 1), 0, 1)))
+        return floor + (1 - floor) * wave
 
     return _shape(law, peak, steps, warmup, cooldown)
 

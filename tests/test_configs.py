@@ -31,7 +31,7 @@ def test_every_config_describes_a_state_and_a_plan(call):
         for name, source in section["sources"].items():
             if source["name"] in ("tfds", "folder"):
                 section["sources"][name] = {"name": "clipart", "split": "train"}
-    config["data"] = {**config["data"], "num_labels": 3}
+    config["data"] = {**config["data"], "num_labels": 3, "rand_augment": ""}
     stream = experiment.build_stream(config)
     report = stream.plan.report()
     # Drawings of 25:1 exceed any table of a sensible length.
@@ -53,6 +53,15 @@ def test_the_plain_vit_sees_one_square_image_a_row():
     assert (batch.segment_ids == 1).all()
     assert (batch.grids == 4).all()
     assert (batch.image_mask.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["navit_classification", "navit_contrastive"])
+@pytest.mark.parametrize("part", ["bogus", "variant=B", "res=64", "res=64:", "a=64:9"])
+def test_an_argument_of_another_form_is_named_with_those_there_are(name, part):
+    message = f"argument '{part}' is none of variant=B/16, .*res=64:256"
+    with pytest.raises(ValueError, match=message):
+        tiny.load(f"configs/{name}.py", f"res=32:64,{part}")
+    assert tiny.load(f"configs/{name}.py", "res=32:64,variant=Ti/16,").data.tokens == 16
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,15 @@ import tiny
 from etils import epath
 
 import navit_jax
-from navit_jax import evaluate, experiment, predictor, run_folder, sharding, train
+from navit_jax import (
+    evaluate,
+    experiment,
+    judges,
+    predictor,
+    run_folder,
+    sharding,
+    train,
+)
 from navit_jax.data.sources import clipart
 from navit_jax.data.tokenizer import DEFAULT, open_tokenizer
 from navit_jax.errors import ConfigError
@@ -40,6 +48,11 @@ EVALS = {
         "sides": (32,),
         "templates": ["{}", "a drawing of {}"],
     },
+    "groups": {
+        "name": "zero_shot",
+        "sources": {"clipart": {**PICTURES, "labels": "classes8"}},
+        "sides": (32,),
+    },
     "own": {"sources": {"clipart": {**PICTURES, "labels": "none"}}, "sides": (32,)},
 }
 
@@ -63,20 +76,28 @@ def model(workdir):
     return navit_jax.load(workdir)
 
 
-EMBEDDED = []
+EMBEDDED, READ = [], []
 
 
 @pytest.fixture(scope="module")
 def values(workdir):
-    """What an evaluation finds; the number of texts in each call is EMBEDDED."""
-    embed = TextEmbedder.embed
+    """What an evaluation finds.
+
+    The number of texts in each call is EMBEDDED, READ the sources searched for names.
+    """
+    embed, read_captions = TextEmbedder.embed, judges.read_captions
 
     def note(self, params, texts):
         EMBEDDED.append(len(texts))
         return embed(self, params, texts)
 
+    def search(sources):
+        READ.extend(map(len, sources))
+        return read_captions(sources)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextEmbedder, "embed", note)
+        patch.setattr(judges, "read_captions", search)
         return evaluate.evaluate(workdir, baselines=True)
 
 
@@ -221,6 +242,8 @@ def test_zero_shot_is_judged_by_the_probabilities_that_the_model_gives(values, m
     assert 0 < len(absent) < len(names)
     number = sum(set(own) <= absent for own in labels)
     assert values["eval/kinds_32/absent"] == number
+    # For both sets.
+    assert [len(trained)] == READ
 
 
 def test_a_run_is_judged_as_it_was_while_it_trained(values, workdir):
@@ -244,7 +267,7 @@ def test_the_baselines_are_those_of_all_pictures_with_a_caption(values):
 
 def test_texts_are_embedded_once_for_all_resolutions(values):
     assert {"eval/pairs_32/images", "eval/pairs_48/images"} <= values.keys()
-    assert EMBEDDED == [298, 2 * 34]
+    assert EMBEDDED == [298, 2 * 34, 8]
 
 
 def test_shots_need_classes(workdir):

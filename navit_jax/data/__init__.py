@@ -17,7 +17,9 @@ from navit_jax import config as config_lib
 from navit_jax.batch import BatchInfo, PackedBatch
 from navit_jax.data import codec as codecs
 from navit_jax.data import crop as crops
+from navit_jax.data import rand_augment as rand_augments
 from navit_jax.data import resolution as resolutions
+from navit_jax.data import teacher_outputs as teachers
 from navit_jax.data import token_drop as drops
 from navit_jax.data.captions import caption_lengths, leave_out
 from navit_jax.data.load import Loader
@@ -200,10 +202,14 @@ def open_stream(
     fill: bool = False,
     flip: float | int = 0.0,
     jitter: float | int = 0.0,
+    rand_augment: str = "",
+    repeats: int = 1,
     window: int = 16_384,
     plan_shards: int = 1,
     packer: str = "auto",
     num_labels: int = 1,
+    pixel_classes: bool = False,
+    teacher: str = "",
     text: Mapping[str, Any] | None = None,
     codec: str = "auto",
     threads: int = 2,
@@ -224,6 +230,10 @@ def open_stream(
       max_side: Longest side the position table has, in patches.
       training: Whether to shuffle, drop and augment, without end.
       num_labels: The most labels an image may have.
+      pixel_classes: Whether images bring the classes of their pixels, where their
+        sources know them.
+      teacher: A folder of `navit_jax.teach`, whose vectors whole images bring.
+      rand_augment: A law of `rand_augment.build`, in training; "" for none.
       text: For images that bring a caption: `tokens`, T of a row, and the arguments of
         `tokenizer.open_tokenizer`. Images without a caption of use are left out.
       codec: What decodes and resizes; see `codec.choose`. Pixels depend on it.
@@ -238,13 +248,15 @@ def open_stream(
     if tokenizer:
         pairs = [(source, caption_lengths(source, tokenizer)) for source in opened]
         opened, captions = zip(*(leave_out(*pair) for pair in pairs), strict=True)
+    given = teachers.open_outputs(teacher, sources, opened, crop)
     images = sum(map(len, opened))
     if training and images < rows:
         logging.warning(
             "data.rows=%d: a batch has more rows than there are images, %d, and shows "
             "some several times; lower it, or check the sources", rows, images,
         )  # fmt: skip
-    build = config_lib.build
+    build, none = config_lib.build, {"name": "none"}
+    rand_augments.check(rand_augment)
     plan = Plan(
         tables=[size_table(source) for source in opened],
         weights=weights,
@@ -254,8 +266,9 @@ def open_stream(
         slots=slots,
         rows=rows,
         resolution=build(resolution, resolutions.LAWS, "data.resolution"),
-        token_drop=build(token_drop or {"name": "none"}, drops.LAWS, "data.token_drop"),
-        crop=build(crop or {"name": "none"}, crops.LAWS, "data.crop"),
+        token_drop=build(token_drop or none, drops.LAWS, "data.token_drop"),
+        crop=build(crop or none, crops.LAWS, "data.crop"),
+        repeats=repeats if training else 1,
         window=window,
         plan_shards=plan_shards,
         packer=packer,
@@ -279,5 +292,8 @@ def open_stream(
         codec,
         tokenizer,
         text_tokens,
+        pixel_classes,
+        given,
+        rand_augment if training else "",
     )
     return Stream(plan, loader, threads, workers, prefetch)

@@ -12,8 +12,17 @@ import numpy as np
 
 from navit_jax.batch import PackedBatch
 from navit_jax.data import images, patches
-from navit_jax.data.pack import NO_TEXT, LoadedImage, pack_rows
+from navit_jax.data.pack import (
+    NO_CLASSES,
+    NO_TEXT,
+    NO_VECTOR,
+    LoadedImage,
+    pack_rows,
+)
+from navit_jax.data.pixel_classes import draw_classes
+from navit_jax.data.rand_augment import augment
 from navit_jax.data.records import Record, Source, cache_folder
+from navit_jax.data.teacher_outputs import TeacherOutputs
 from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.data.window import PlannedRow
 from navit_jax.errors import DataError
@@ -39,6 +48,9 @@ class Loader:
       codec: A name for `codec.choose`.
       tokenizer: Of the captions that images bring; None where they bring none.
       num_text: T; 0 where images bring no texts.
+      pixel_classes: Whether images bring the classes of their pixels.
+      teacher: Vectors that images bring; None where they bring none.
+      rand_augment: A law of `rand_augment.build`; "" for none.
     """
 
     sources: tuple[Source, ...]
@@ -50,6 +62,9 @@ class Loader:
     codec: str = "auto"
     tokenizer: Tokenizer | None = None
     num_text: int = 0
+    pixel_classes: bool = False
+    teacher: TeacherOutputs | None = None
+    rand_augment: str = ""
 
     def load(self, rows: Sequence[PlannedRow]) -> LoadedRows:
         """Loads every image of the rows; one that can not be used has no tokens."""
@@ -75,7 +90,8 @@ class Loader:
         """Writes loaded rows into the arrays of a batch."""
         values = self.patch * self.patch * 3
         sizes = (self.num_tokens, self.num_slots, values, self.num_labels)
-        return pack_rows(rows, *sizes, self.num_text)
+        width = self.teacher.width if self.teacher else 0
+        return pack_rows(rows, *sizes, self.num_text, self.pixel_classes, width)
 
     def _image(
         self,
@@ -95,13 +111,15 @@ class Loader:
         name = f"{prefix}:{record.key}"
         text = self._text(record, row, i, name)
         rows, columns = grid = (int(row.grid[i, 0]), int(row.grid[i, 1]))
+        target = rows * self.patch, columns * self.patch
+        box, flip = tuple(row.box[i].tolist()), bool(row.flip[i])
         try:
             pixels, odd = images.read(
                 record.image,
                 (int(row.size[i, 0]), int(row.size[i, 1])),
-                (rows * self.patch, columns * self.patch),
-                box=tuple(row.box[i].tolist()),
-                flip=bool(row.flip[i]),
+                target,
+                box=box,
+                flip=flip,
                 codec=self.codec,
             )
         except images.BadImage as error:
@@ -110,10 +128,19 @@ class Loader:
         notes.update(odd)
         if (row.jitter[i] != 1).any():
             pixels = images.jitter(pixels, *row.jitter[i].tolist())
+        if self.rand_augment:
+            pixels = augment(pixels, self.rand_augment, int(row.drop_key[i]))
         kept, chosen = int(row.kept[i]), None
         if kept < rows * columns:
             chosen = patches.keep_patches(rows * columns, kept, int(row.drop_key[i]))
         content, coords = patches.patchify(pixels, self.patch, chosen)
+        classes = NO_CLASSES
+        if self.pixel_classes:
+            classes = draw_classes(record.objects, target, box, flip)[..., None]
+            classes, _ = patches.patchify(classes, self.patch, chosen)
+        vector = NO_VECTOR
+        if self.teacher:
+            vector = self.teacher.read(int(row.source[i]), index)
         return LoadedImage(
             patches=content,
             coords=coords,
@@ -122,6 +149,8 @@ class Loader:
             labels=record.labels,
             name=name,
             text=text,
+            classes=classes,
+            teacher=vector,
         )
 
     def _text(self, record: Record, row: PlannedRow, i: int, name: str) -> np.ndarray:

@@ -17,6 +17,19 @@ from navit_jax.errors import ConfigError
 PERIOD = 4096
 
 
+def repeat(
+    positions: Int64[np.ndarray, " M"], repeats: int, window: int
+) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
+    """The position that each stands for, and which of its repeats it is.
+
+    All repeats of an image are within a window, and as far apart there as can be, so
+    that neighbours, which share a row, differ.
+    """
+    stride = max(1, window // repeats)
+    block, place = np.divmod(positions, stride * repeats)
+    return block * stride + place % stride, place // stride
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """Sources of given sizes, taken in given proportions for ever.

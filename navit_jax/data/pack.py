@@ -13,6 +13,8 @@ from navit_jax.batch import PackedBatch
 from navit_jax.errors import DataError
 
 NO_TEXT = np.zeros(0, np.int32)
+NO_VECTOR = np.zeros(0, np.float32)
+NO_CLASSES = np.zeros((0, 0), np.uint8)
 
 
 class LoadedImage(NamedTuple):
@@ -26,6 +28,8 @@ class LoadedImage(NamedTuple):
       labels: Class indices.
       name: What to call the image in messages.
       text: [n] int32, the tokens of the caption it brings; [0] without.
+      classes: [n P/3] uint8, of the pixels of each patch, see `pixel_classes.py`.
+      teacher: [E] float32, a teacher's vector, see `teacher_outputs.py`.
     """
 
     patches: np.ndarray
@@ -35,6 +39,8 @@ class LoadedImage(NamedTuple):
     labels: tuple[int, ...]
     name: str
     text: np.ndarray = NO_TEXT
+    classes: np.ndarray = NO_CLASSES
+    teacher: np.ndarray = NO_VECTOR
 
 
 def pack_rows(
@@ -44,6 +50,8 @@ def pack_rows(
     patch_values: int,
     num_labels: int,
     num_text: int = 0,
+    pixel_classes: bool = False,
+    teacher_width: int = 0,
 ) -> PackedBatch:
     """Packs rows of images; slot i of a row is its i-th image.
 
@@ -55,6 +63,9 @@ def pack_rows(
         has none, whatever the images have.
       num_text: T; 0: the batch has no texts, and the leaves of `pack_texts` are not in
         its targets.
+      pixel_classes: Whether the batch has targets `pixel_classes` [B L P/3] uint8, see
+        `pixel_classes.py`; 255, unknown, at padding.
+      teacher_width: E of targets `teacher` [B N E] float32; 0: there are none.
 
     Raises:
       DataError: an image has more labels than K.
@@ -67,6 +78,8 @@ def pack_rows(
     image_mask = np.zeros((B, N), bool)
     image_ids = np.zeros((B, N, 2), np.uint32)
     labels = np.full((B, N, num_labels), -1, np.int32)
+    classes = np.full((B, L, patch_values // 3 if pixel_classes else 0), 255, np.uint8)
+    teacher = np.zeros((B, N, teacher_width), np.float32)
     for b, images in enumerate(rows):
         assert len(images) <= N, "the plan keeps to the slots of a row"
         start = 0
@@ -79,6 +92,10 @@ def pack_rows(
             patches[b, start:stop] = image.patches
             coords[b, start:stop] = image.coords
             segment_ids[b, start:stop] = i + 1
+            if pixel_classes:
+                classes[b, start:stop] = image.classes
+            if teacher_width:
+                teacher[b, i] = image.teacher
             grids[b, i] = image.grid
             image_mask[b, i] = True
             if len(image.labels) > num_labels > 0:
@@ -96,7 +113,12 @@ def pack_rows(
         grids=grids,
         image_mask=image_mask,
         image_ids=image_ids,
-        targets={"labels": labels, **(pack_texts(rows, num_text) if num_text else {})},
+        targets={
+            "labels": labels,
+            **(pack_texts(rows, num_text) if num_text else {}),
+            **({"pixel_classes": classes} if pixel_classes else {}),
+            **({"teacher": teacher} if teacher_width else {}),
+        },
     )
 
 

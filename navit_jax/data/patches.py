@@ -13,7 +13,7 @@ from navit_jax.data.draws import GOLDEN, mix, mix_one
 
 
 def patchify(
-    image: UInt8[np.ndarray, "h w 3"],
+    image: UInt8[np.ndarray, "h w c"],
     patch: int,
     chosen: Int[np.ndarray, " n"] | None = None,
 ) -> tuple[UInt8[np.ndarray, "n P"], Int[np.ndarray, "n 2"]]:
@@ -24,10 +24,10 @@ def patchify(
     Args:
       chosen: Numbers of the patches that are wanted; None: all.
     """
-    h, w, _ = image.shape
+    h, w, channels = image.shape
     assert h % patch == 0 == w % patch, f"{h} x {w} is not a grid of patches of {patch}"
     rows, columns = h // patch, w // patch
-    blocks = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    blocks = image.reshape(rows, patch, columns, patch, channels).swapaxes(1, 2)
     coords = _coords(rows, columns)
     if chosen is not None:
         coords = coords[chosen]

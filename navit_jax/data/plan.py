@@ -17,7 +17,7 @@ from navit_jax.data import draws, mapped, packers
 from navit_jax.data import resolution as resolutions
 from navit_jax.data import token_drop as token_drops
 from navit_jax.data.captions import draw_captions
-from navit_jax.data.mixture import Mixture
+from navit_jax.data.mixture import Mixture, repeat
 from navit_jax.data.window import PlannedRow, PlannedWindow, summarize
 from navit_jax.errors import ConfigError, DataError
 
@@ -33,8 +33,7 @@ class Plan:
 
     Attributes:
       tables: For each source, [M 2] the (height, width) of its images in pixels; (0, 0)
-        for one that can not be read, which is planned as one patch. A memory-mapped
-        file is sent to other processes by name.
+        for one that can not be read, planned as one patch. Mapped files travel by name.
       weights: Shares of the sources in the stream.
       seed: Of order and draws.
       patch: Side of a patch, in pixels.
@@ -53,9 +52,9 @@ class Plan:
       fill: Whether the last image of a row keeps as many tokens as there is room for.
       flip: Probability of mirroring, in training.
       jitter: Colour factors are uniform in [1 - jitter, 1 + jitter], in training.
-      max_side: Longest side in patches, the length of the position table; None: any.
-      training: False plans each image once, in the order of the table, without
-        shuffling, dropping, crop, flip and jitter, and with its first caption.
+      max_side: Longest side in patches, that of the position table; None: any.
+      repeats: Times that an image comes in a window, in training (Hoffer et al. 2019).
+      training: False plans each image once, in order of the table; nothing is drawn.
       captions: For each source, [M K] tokens of each caption; see `captions.py`.
         Without: no image brings a text.
       text_tokens: T, text tokens of a row.
@@ -84,6 +83,7 @@ class Plan:
     flip: float | int = 0.0
     jitter: float | int = 0.0
     max_side: int | None = None
+    repeats: int = 1
     training: bool = True
     captions: Sequence[np.ndarray] = ()
     text_tokens: int = 0
@@ -97,7 +97,8 @@ class Plan:
                 f"data.sources: evaluation takes one source, not {len(self.tables)}; "
                 "give each an evaluation of its own"
             )
-        for field in ("patch", "tokens", "slots", "rows", "window", "plan_shards"):
+        whole = ("patch", "tokens", "slots", "rows", "window", "plan_shards", "repeats")
+        for field in whole:
             if getattr(self, field) < 1:
                 raise ConfigError(f"data.{field}={getattr(self, field)} must be >= 1")
         for field in ("flip", "jitter"):
@@ -206,12 +207,12 @@ class Plan:
 
     def _draw(self, positions: Int64[np.ndarray, " M"]) -> PlannedRow:
         """The images at positions of the stream, with all that is drawn for them."""
-        M = len(positions)
+        mixture, M = self.mixture, len(positions)
+        base, copy = repeat(positions, self.repeats, self.window)
         source, epoch, index = (
-            self.mixture.shuffle(positions, self.seed)
-            if self.training
-            else self.mixture.locate(positions)
+            mixture.shuffle(base, self.seed) if self.training else mixture.locate(base)
         )
+        epoch = epoch * self.repeats + copy
         size = np.empty((M, 2), np.int64)
         for i, table in enumerate(self.tables):
             size[source == i] = table[index[source == i]]
@@ -256,8 +257,9 @@ class Plan:
     def fingerprint(self) -> str:
         """Short and hexadecimal; differs if any planned row may differ."""
         digest = hashlib.blake2b(f"plan {PLAN_VERSION}".encode(), digest_size=8)
-        # Plans without text keep the fingerprint of before there were texts.
-        without = ["captions"] if self.captions else ["captions", "text_tokens"]
+        # Plans without texts or repeats keep the fingerprint of before there were any.
+        without = ["captions", *["text_tokens"] * (not self.captions)]
+        without += ["repeats"] * (self.repeats == 1)
         for field in dataclasses.fields(self)[1:]:
             if field.name not in without:
                 digest.update(f"{field.name}={getattr(self, field.name)!r};".encode())
@@ -281,10 +283,9 @@ class Plan:
 
         The entries are those of `summarize`.
         """
-        numbers = [i for i in range(windows) if not self.is_over(i)]
-        planned = [self.plan_window(*self.label(i)) for i in numbers]
-        sources = len(self.tables)
-        return summarize(planned, self.capacity, self.slots, self.packer, sources)
+        labels = [self.label(i) for i in range(windows) if not self.is_over(i)]
+        planned, num = [self.plan_window(*each) for each in labels], len(self.tables)
+        return summarize(planned, self.capacity, self.slots, self.packer, num)
 
     def __reduce__(self):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

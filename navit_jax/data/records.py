@@ -18,6 +18,23 @@ from navit_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
+class Objects:
+    """The objects of a picture, where they are known.
+
+    Attributes:
+      instances: uint8 [h w], the number of the object at each pixel, from 1 in the
+        order of `labels`; 0 is background.
+      boxes: float32 [O 4], (top, left, bottom, right) of what is visible of each, in
+        fractions of the picture's sides.
+      labels: int32 [O], classes; -1 where there is none.
+    """
+
+    instances: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """One picture as it is stored.
 
@@ -26,12 +43,14 @@ class Record:
       image: The encoded file, of any format that `images.py` reads.
       labels: Class numbers, ascending; () where there is no label.
       captions: As they are stored; `tokenizer.py` says which are of use.
+      objects: Of the upright picture; None where they are not known.
     """
 
     key: str
     image: bytes
     labels: tuple[int, ...] = ()
     captions: tuple[str, ...] = ()
+    objects: Objects | None = None
 
 
 @runtime_checkable

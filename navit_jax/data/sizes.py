@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt16
 
 from navit_jax.data import images, tables
+from navit_jax.data.composites import Composites
 from navit_jax.data.padded import Padded
 from navit_jax.data.records import Record, Selection, Source, StoredSource
 
@@ -30,7 +31,7 @@ def size_table(
     Raises:
       DataError: a record breaks its contract, such as a label out of range.
     """
-    if isinstance(source, Padded):
+    if isinstance(source, Padded | Composites):
         return source.sizes
     if isinstance(source, Selection):
         return size_table(source.whole, threads, read_size)[source.indices]

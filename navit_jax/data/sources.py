@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from navit_jax import config as config_lib
+from navit_jax.data.composites import composites
 from navit_jax.data.folders import folder
 from navit_jax.data.padded import Padded
 from navit_jax.data.prepared import open_folder, tfds
@@ -20,7 +21,8 @@ from navit_jax.data.stored import array_record
 from navit_jax.errors import ConfigError
 
 __all__ = [
-    "SOURCES", "Record", "Source", "array_record", "clipart", "folder", "padded", "tfds"
+    "SOURCES", "Record", "Source", "array_record", "clipart", "composites", "folder",
+    "padded", "tfds",
 ]  # fmt: skip
 
 CLIPART = pathlib.Path(__file__).parent / "clipart"
@@ -116,6 +118,7 @@ def padded(source: Any, seed: int = 0, split: str = "") -> Padded:
 SOURCES = {
     "array_record": array_record,
     "clipart": clipart,
+    "composites": composites,
     "folder": folder,
     "padded": padded,
     "tfds": tfds,

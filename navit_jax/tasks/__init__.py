@@ -7,6 +7,9 @@ A task is a frozen dataclass of pure functions, with no devices and no optimiser
   outputs(params, batch) -> {name: [B N ...] or [B L ...]}
   metrics(params, batch) -> {name: Mean of terms [B N], by image, or [B L], by token}
 
+A task may have two more attributes: `frozen`, patterns of parameters that no step
+changes, and `inherit`, rules of `inheritance.inherit` for the first state.
+
 A task whose loss is no sum over images is a `Coupled` one, with two more:
   embed(params, batch, key) -> {name: [B N ...]}
   couple(params, embeddings, batch) -> (scalar, {name: Mean}), of the whole batch
@@ -19,6 +22,7 @@ import jax
 
 from navit_jax.batch import PackedBatch
 from navit_jax.metrics import Mean
+from navit_jax.tasks.bootstrapping import Bootstrapping
 from navit_jax.tasks.classification import Classification
 from navit_jax.tasks.contrastive import Contrastive
 from navit_jax.tasks.masked_patches import MaskedPatches
@@ -81,6 +85,7 @@ class Coupled(Task, Protocol):
 
 
 TASKS = {
+    "bootstrapping": Bootstrapping,
     "classification": Classification,
     "contrastive": Contrastive,
     "masked_patches": MaskedPatches,

@@ -16,6 +16,7 @@ from navit_jax.batch import PackedBatch
 from navit_jax.errors import ConfigError
 from navit_jax.losses import classification as losses
 from navit_jax.metrics import Mean, fold, hits, masked
+from navit_jax.models import mixing
 from navit_jax.models.heads import Linear
 from navit_jax.tasks.randomness import image_keys
 
@@ -60,6 +61,8 @@ class Classification:
       head_bias: Initial bias of the head; None is -log(C - 1) for the sigmoid, so that
         training starts at the rate of one label in C, and 0 for the softmax. The JFT
         recipe of the ViT it follows has -10.
+      mixup, cutmix: As in `mixing.mix`, in training; 0 mixes nothing.
+      erase: Rate of `mixing.erase`, in training.
     """
 
     encoder: nn.Module
@@ -67,6 +70,9 @@ class Classification:
     loss_name: str = "sigmoid"
     label_smoothing: float | int = 0.0
     head_bias: float | int | None = None
+    mixup: float | int = 0.0
+    cutmix: float | int = 0.0
+    erase: float | int = 0.0
 
     def __post_init__(self):
         if self.loss_name not in ("sigmoid", "softmax"):
@@ -75,6 +81,11 @@ class Classification:
             )
         if self.label_smoothing and self.loss_name == "sigmoid":
             raise ConfigError("config.task.label_smoothing is for loss_name='softmax'")
+        if min(self.mixup, self.cutmix) < 0 or not 0 <= self.erase <= 1:
+            raise ConfigError(
+                f"config.task.mixup={self.mixup}, cutmix={self.cutmix}, erase="
+                f"{self.erase}: give 0 or more, and erase a rate up to 1"
+            )
 
     @property
     def model(self) -> Classifier:
@@ -100,10 +111,27 @@ class Classification:
         key: jax.Array,
         weights: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """Sum of the images' losses over the given number of images."""
+        """Sum of the images' losses over the given number of images.
+
+        Of a mixed image each label counts by its share; the accuracy is by its own.
+        """
         keys = image_keys(key, batch.image_ids)
+        shown, labels = batch.patches, batch.targets["labels"]
+        row = batch.coords, batch.segment_ids, batch.grids, keys
+        if self.erase:
+            shown = mixing.erase(shown, *row, self.erase)
+        partners, shares = None, jnp.float32(1)
+        if self.mixup or self.cutmix:
+            shown, partners, shares = mixing.mix(shown, *row, self.mixup, self.cutmix)
+        batch = dataclasses.replace(batch, patches=shown)
         logits = self._apply(params, batch, keys)["logits"]
-        means = {k: fold(v) for k, v in self._means(logits, batch).items()}
+        terms = self._means(logits, batch)
+        if partners is not None:
+            theirs = jnp.take_along_axis(labels, partners[..., None], axis=1)
+            own, other = (self._losses(logits, y) for y in (labels, theirs))
+            values = shares * own + (1 - shares) * other
+            terms["loss"] = masked(values, labelled(batch))
+        means = {k: fold(v) for k, v in terms.items()}
         return means["loss"].total / jnp.maximum(weights["images"], 1), means
 
     def outputs(self, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
@@ -142,14 +170,13 @@ class Classification:
 
     def _means(self, logits: jax.Array, batch: PackedBatch) -> dict[str, Mean]:
         mask, right = labelled(batch), hits(logits, batch.targets["labels"])
-        losses_ = masked(self._losses(logits, batch), mask)
+        losses_ = masked(self._losses(logits, batch.targets["labels"]), mask)
         return {"loss": losses_, "accuracy": masked(right, mask)}
 
     def _apply(self, params: Params, batch: PackedBatch, keys: Any = None) -> Any:
         return self.model.apply({"params": params}, batch, keys)
 
-    def _losses(self, logits: jax.Array, batch: PackedBatch) -> jax.Array:
-        labels = batch.targets["labels"]
+    def _losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         logits = logits.astype(jnp.float32)
         if self.loss_name == "sigmoid":
             return losses.sigmoid_loss(logits, labels)

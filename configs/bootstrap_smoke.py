@@ -1,0 +1,98 @@
+"""Bootstraps a small SparseFormer from a real ViT-S/14, on a laptop's CPU.
+
+Source: arXiv 2312.01987 at the size of a demonstration; the teacher is ViT-S/14 (DINOv2
+architecture, saliency-tuned): python -m navit_jax.weights.fetch vit_s14
+Command: python -m navit_jax.train --config=configs/bootstrap_smoke.py --workdir=RUN
+    trains on the embedded clip art; --config=configs/bootstrap_smoke.py:composites adds
+    scenes with small objects (python -m navit_jax.data.builders.composites).
+Cost: about 10 minutes on two cores; not measured yet. It shows that it learns: quality
+takes longer runs (configs/sparseformer_bootstrap.py).
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = ""):
+    if arg not in ("", "composites"):
+        raise ValueError(f"unknown argument {arg!r}; known: composites")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.steps = 300
+
+    scenes = {"name": "composites", "split": "train", "count": 20_000, "labels": "none"}
+    config.data = {
+        "sources": {"clipart": {"name": "clipart", "split": "train", "labels": "none"}},
+        "rows": 4,
+        "tokens": 4 * 8**2,
+        "slots": 4,
+        "num_labels": 0,
+        "resolution": {"name": "fixed", "side": 112},
+        "square": True,
+        "crop": {"name": "inception", "area_low": 0.35},
+        "flip": 0.5,
+    }
+    if arg:
+        config.data["sources"]["composites"] = scenes
+    config.model = {
+        "name": "sparseformer",
+        "size": "v2_vit_s14/14",
+        "shape": {"latents": 16},
+        "max_side": 8,
+        "gradient_clamp": 8.0,
+        "init": {
+            "weights": "vit_s14",
+            "rules": [(r"teacher/(.*)", r"encoder/\1")],
+        },
+    }
+    config.task = {
+        "name": "bootstrapping",
+        # As `python -m navit_jax.weights inspect vit_s14` prints it.
+        "teacher": {
+            "name": "navit",
+            "size": "S/14",
+            "positions": {
+                "name": "learned_1d",
+                "side": 37,
+                "length": 64,
+                "filter": "bicubic",
+            },
+            "pooling": "class",
+            "class_token": True,
+            "bias_qkv": True,
+            "bias_ln": True,
+            "qk_norm": False,
+            "activation": "gelu",
+            "layer_scale": 1.0,
+            "pixel_mean": (0.485, 0.456, 0.406),
+            "pixel_std": (0.229, 0.224, 0.225),
+        },
+        # The class token of these weights alone transfers worse.
+        "representation": "both",
+        "inherit": [
+            (r"encoder/blocks/(.*)", r"teacher/blocks/\1[4:]"),
+            (r"encoder/norm/(.*)", r"teacher/norm/\1"),
+            (r"encoder/class_token", r"teacher/class_token"),
+        ],
+    }
+    config.optim = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "schedule": {"name": "cosine", "warmup": 0.1},
+        "weight_decay": 0.05,
+        "lr_multipliers": ((r"encoder/blocks/.*", 0.1),),
+        "freeze": ((r"encoder/blocks/.*", "4:"), (r"encoder/norm/.*", True)),
+        "clip": 1.0,
+    }
+    config.train = {"report_every": 10, "evaluate_every": 100}
+    config.checkpoint = {"keep": 1}
+    validation = {"name": "clipart", "split": "validation", "labels": "none"}
+    config.evals = {
+        "validation": {
+            "name": "agreement",
+            "sources": {"clipart": validation},
+            "sides": (112,),
+            "slots": 4,
+        }
+    }
+    config.lock()
+    return config
