@@ -5,8 +5,8 @@ navit_jax.weights.fetch vit_s14`; docs/weights.md. Its positions are resampled t
 grid of each picture, so no picture is cropped to a square.
 Command: python -m navit_jax.train --config=configs/navit_from_vit.py --workdir=runs/vit
     and, without pretraining, --config=configs/navit_from_vit.py:scratch
-Cost: 22 million parameters on 49 patches a picture, 20 pictures a step. Expect: see
-docs/weights.md.
+Cost: 22 million parameters on 49 patches a picture, 20 pictures a step: 4 to 7 minutes
+on two cores. Expect: test accuracy .485 at 98 px, .285 from scratch (docs/weights.md).
 """
 
 import ml_collections

@@ -51,7 +51,7 @@ class Evaluator:
 
         Raises:
           ConfigError: a set has other classes, or asks for texts of a task that knows
-            none, or as `data.open_stream`.
+            none, or as `judges.ZeroShot.ask` and `data.open_stream`.
         """
         self.mesh = mesh
         self.judges: dict[str, Judge] = {}
@@ -65,8 +65,11 @@ class Evaluator:
             ):
                 self.streams[f"{name}_{label}"] = stream
                 self.set_of[f"{name}_{label}"] = name
-                if isinstance(self.judges[name], Metrics):
-                    data.check_classes(stream.loader.sources[0], class_names)
+                judge, source = self.judges[name], stream.loader.sources[0]
+                if isinstance(judge, Metrics):
+                    data.check_classes(source, class_names)
+                if isinstance(judge, ZeroShot):
+                    judge.ask(source)  # Raises now, not at the first evaluation.
         self._embedder = None
         if any(isinstance(j, Retrieval | ZeroShot) for j in self.judges.values()):
             self._embedder = text_embedder.open_embedder(config, task, mesh)

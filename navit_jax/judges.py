@@ -127,7 +127,16 @@ class ZeroShot:
     names: Sequence[str] = ()
 
     def read(self, source: Source, training: Training) -> Asked:
-        """All prompts of all classes, and the labels of the images.
+        """All prompts of all classes, and the labels of the images; raises as `ask`."""
+        names, prompts = self.ask(source)
+        labels = [(i, c) for i, r in enumerate(read_all(source)) for c in r.labels]
+        pairs = np.array(labels, np.int64).reshape(-1, 2)
+        captions = training()
+        absent = None if captions is None else zero_shot.find_absent(names, captions)
+        return Asked(prompts, pairs, absent)
+
+    def ask(self, source: Source) -> tuple[Sequence[str], list[str]]:
+        """What the classes are called, and all their prompts.
 
         Raises:
           ConfigError: the source has no classes, or names and templates do not fit.
@@ -139,12 +148,7 @@ class ZeroShot:
                 f"classes, and {len(names)} names are given: give labels to the "
                 "source, and a name to each of them"
             )
-        prompts = zero_shot.list_prompts(names, self.templates)
-        labels = [(i, c) for i, r in enumerate(read_all(source)) for c in r.labels]
-        pairs = np.array(labels, np.int64).reshape(-1, 2)
-        captions = training()
-        absent = None if captions is None else zero_shot.find_absent(names, captions)
-        return Asked(prompts, pairs, absent)
+        return names, zero_shot.list_prompts(names, self.templates)
 
     compute = staticmethod(embed_images)
 

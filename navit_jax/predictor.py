@@ -225,7 +225,7 @@ class Predictor:
                 task = self.config["task"]["name"]
                 raise ConfigError(
                     f"the task {task!r} of this run gives no {name!r}; it gives "
-                    f"{', '.join(sorted(outputs))}"
+                    f"{', '.join(sorted(outputs))}: use another method of the model"
                 )
             return outputs[name].astype("float32")
 

@@ -21,13 +21,19 @@ def list_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Every name in every template, class by class.
 
     Raises:
-      ConfigError: names or templates are no list of text, or a template has not one
-        place for the name.
+      ConfigError: names or templates are no list of text, two names are alike, or a
+        template has not one place for the name.
     """
     for field, values in (("classes", names), ("templates", templates)):
         one = isinstance(values, str) or not all(isinstance(v, str) for v in values)
         if one or not len(values):
             raise ConfigError(f"{field}={values!r}: give a list of texts")
+    alike = [name.strip().casefold() for name in names]
+    if twice := [n for n, a in zip(names, alike, strict=True) if alike.count(a) > 1]:
+        raise ConfigError(
+            f"classes: {twice} are alike, and a picture can not be told to be of one "
+            "of them; call each class otherwise"
+        )
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(

@@ -31,6 +31,7 @@ def test_a_class_is_the_normalised_mean_of_its_prompts():
         ("cat", ["{}"], "classes='cat': give a list"),
         ([], ["{}"], r"classes=\[\]: give a list"),
         (["cat", 3], ["{}"], "classes=.*: give a list"),
+        (["cat", "dog", "Cat "], ["{}"], r"\['cat', 'Cat '\] are alike"),
         (["cat"], "a {}", "templates='a {}': give a list"),
         (["cat"], ["{}", "a cat"], "'a cat' has not one place"),
         (["cat"], ["{} and {}"], "'{} and {}' has not one place"),
