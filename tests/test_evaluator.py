@@ -209,6 +209,14 @@ def test_texts_are_not_asked_of_a_task_that_knows_none(name):
         Evaluator(config, task, mesh, ())
 
 
+def test_names_of_classes_that_do_not_fit_are_refused_before_a_run():
+    section = {"name": "zero_shot", "names": ("cat", "dog"), "sources": CLIPART}
+    config = tiny.config(evals={"kinds": {**section, "sides": SIDES}})
+    task = experiment.build_task(config, 8)
+    with pytest.raises(ConfigError, match="has 8 classes, and 2 names are given"):
+        Evaluator(config, task, sharding.make_mesh(), ())
+
+
 def test_a_run_with_a_running_mean_is_judged_by_it(own, tmp_path):
     config = tiny.config(
         steps=2,
