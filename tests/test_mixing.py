@@ -52,6 +52,12 @@ def unpack(patches, arrays, count):
     return found
 
 
+def test_rows_of_one_slot_have_nobody_to_mix_with():
+    arrays = row(pictures()[:1], slots=1)
+    with pytest.raises(ConfigError, match=r"data\.slots=1: mixup and CutMix mix"):
+        mixing.mix(*arrays, 0.8, 0.0)
+
+
 def test_mixup_blends_images_of_one_grid_by_their_share_and_leaves_the_others():
     images = pictures()
     arrays = row(images)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from navit_jax.errors import ConfigError
 from navit_jax.models.pooling import image_masks
 
 Patches = UInt8[Array, "B L P"]
@@ -79,8 +80,16 @@ def mix(
     Returns:
       Patches; the slot of each image's partner; and the image's own share, 1 where
       nothing was mixed.
+
+    Raises:
+      ConfigError: a row has one slot, so that no image has a partner.
     """
     N, P = keys.shape[1], patches.shape[-1]
+    if N == 1:
+        raise ConfigError(
+            "config.data.slots=1: mixup and CutMix mix images of one row; give 2 or "
+            "more, and as many tokens"
+        )
     partner, alike = choose_partners(segment_ids, grids)
 
     def draw(key: Array) -> tuple[Array, Array]:
@@ -100,7 +109,8 @@ def mix(
     hit = inside(boxes, P, coords, segment_ids, grids)
 
     slots = jnp.maximum(segment_ids - 1, 0)
-    starts = jnp.argmax(image_masks(segment_ids, N), axis=-1)
+    masks = image_masks(segment_ids, N)
+    starts = jnp.argmax(masks, axis=-1)
     moved = jnp.take_along_axis(partner, slots, axis=1)
     places = jnp.arange(segment_ids.shape[1])
     places += jnp.take_along_axis(starts, moved, axis=1)
@@ -111,7 +121,6 @@ def mix(
     blend = jnp.where(jnp.repeat(hit, 3, -1), other, jnp.round(blend))
 
     # Of a box the share is the pixels that are left, counted.
-    masks = image_masks(segment_ids, N)
     taken = jnp.einsum("BNL,BL->BN", masks, hit.sum(-1, dtype=jnp.float32))
     pixels = jnp.maximum(masks.sum(-1) * hit.shape[-1], 1)
     real = (segment_ids > 0)[..., None]

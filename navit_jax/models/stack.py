@@ -96,12 +96,12 @@ def encode(
         tokens = special_tokens.remove(tokens, segment_ids, num_special, num_slots)
     out["tokens"] = keep_rows(tokens)
     pool = pick(f"{where}.pooling", tower.pooling, POOLING)
-    if pool is None:
-        return out
     if tower.pooling == "class":
         if "class" not in out:
             raise ConfigError(f"config.{where}.pooling='class': it has no class token")
-        return {**out, "pooled": out["class"]}
+        out["pooled"] = out["class"]
+    if pool is None:
+        return out
     masks = pooling.image_masks(segment_ids, num_slots)
     return {**out, "pooled": keep_rows(pool(tower, dtype)(tokens, masks))}
 
@@ -163,7 +163,7 @@ def _map_pool(tower: Any, dtype: Any) -> pooling.AttentionPool:
 POOLING: dict[str, Callable[..., Any] | None] = {
     "map": _map_pool,
     "mean": lambda *_: pooling.mean_pool,
-    # `encode` reads it itself.
-    "class": lambda *_: pooling.mean_pool,
+    # Nothing is pooled.
+    "class": None,
     "none": None,
 }
