@@ -1,7 +1,7 @@
 """The contrastive losses against other forms: `python benchmarks/contrastive.py`.
 
 Prints, of loss and all gradients over 8 CPU devices: time and memory by global batch,
-bytes sent, and what half precision on the ring costs. Takes about 50 minutes on two
+bytes sent, and what half precision on the ring costs. Takes 23 minutes on two
 cores of Linux; `--tiny` is for a test.
 """
 
