@@ -128,6 +128,30 @@ def test_the_tables_of_the_step_divide_what_they_say():
     assert all(number(line[4]) > 0 for line in found["Choices"])
 
 
+@pytest.mark.slow
+def test_a_sparseformer_is_divided_by_plain_vits_and_its_time_into_parts():
+    command = "benchmarks/sparseformer_step.py", "--tiny", "--tables=v2_vit_s14,where"
+    first, where = run(sys.executable, *command).split("### ")[1:]
+    plain, teacher, own = (
+        cells(x) for x in first.splitlines() if x[:3] in ("| V", "| v")
+    )
+    assert [line[0] for line in (plain, teacher, own)] == [
+        "ViT-S/16", "ViT-S/14", "v2_vit_s14"
+    ]  # fmt: skip
+    for other, start in ((plain, 4), (teacher, 7)):
+        for column, rate in ((start, 2), (start + 1, 3)):
+            found = float(own[column].split()[0])
+            assert found == pytest.approx(
+                float(own[rate]) / float(other[rate]), abs=0.02
+            )
+        # Thousandths of 1e9 at a tiny size.
+        assert float(own[start + 2]) > 0
+    parts = [cells(line) for line in where.splitlines() if line[:1] == "|"][2:]
+    whole, *shares = (float(line[2].rstrip("%")) for line in parts)
+    assert whole == 100
+    assert abs(sum(shares) - 100) <= 3  # of roundings
+
+
 def test_sizes_are_compared_and_images_counted_that_are_upscaled(tmp_path):
     folder = f"--workdir={tmp_path}"
     command = "benchmarks/resolutions.py", "--tiny", "--folds=1", folder

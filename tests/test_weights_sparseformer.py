@@ -8,7 +8,8 @@ import pytest
 from navit_jax import config as config_lib
 from navit_jax import weights
 from navit_jax.data.patches import patchify
-from navit_jax.models import MODELS
+from navit_jax.models import MODELS, sampling
+from navit_jax.models.feature_maps import Maps
 from navit_jax.weights.official import rename
 
 MIXING = "layers.0.adaptive_mixing.out_proj.weight"
@@ -105,3 +106,34 @@ def test_the_official_library_gives_the_same(kind, tmp_path):
         head = found.params["head"]["dense"]
         ours = out["pooled"][0] @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("name", sampling.LOOKUPS)
+def test_lookups_are_those_of_grid_sample_in_value_and_gradient(name, padding):
+    torch = pytest.importorskip("torch", reason="pip install -e .[parity]")
+    rng = np.random.default_rng(0)
+    cells = rng.standard_normal((2, 1, 5, 5, 3)).astype(np.float32)
+    points = rng.uniform(-0.5, 1.5, (2, 6, 4, 2)).astype(np.float32)
+
+    def read(cells, points):
+        # Of five columns the map has four.
+        none, one = jnp.zeros((2, 1), int), jnp.ones((2, 1), int)
+        maps = Maps(cells, none, none, one, jnp.array([[[5, 4]]] * 2))
+        maps, slots = sampling.prepare(maps, name), jnp.zeros((2, 6), int)
+        found = sampling.lookup(maps, slots, points, padding, name)
+        return jnp.square(found).sum(), found
+
+    slope = jax.jit(jax.value_and_grad(read, (0, 1), has_aux=True))
+    (_, ours), slopes = slope(jnp.asarray(cells), jnp.asarray(points))
+    given = [torch.tensor(x, requires_grad=True) for x in (cells, points)]
+    theirs = torch.nn.functional.grid_sample(
+        given[0][:, 0, :, :4].permute(0, 3, 1, 2),
+        2 * given[1] - 1,
+        padding_mode=padding,
+        align_corners=False,
+    ).permute(0, 2, 3, 1)
+    theirs.square().sum().backward()
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
+    for own, other in zip(slopes, given, strict=True):
+        np.testing.assert_allclose(own, other.grad.numpy(), atol=1e-4)

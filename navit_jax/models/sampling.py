@@ -8,7 +8,7 @@ N image slots a row; t is cells a side of a tile.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from navit_jax.models.feature_maps import Maps, find_origins, take
 AUTO = {"cpu": "gather", "gpu": "gather", "tpu": "neighbours"}
 # Latent tokens whose weights over all cells `matmul` holds at once.
 CHUNK = 8
+# (down, right), in the order in which `prepare` lays them.
+CORNERS = (0, 0), (0, 1), (1, 0), (1, 1)
 
 
 class Taps(NamedTuple):
@@ -79,18 +81,27 @@ def prepare(maps: Maps, implementation: str = "auto") -> Maps:
     """What `lookup` needs of the maps once, for all its calls."""
     if choose(implementation) != "neighbours":
         return maps
-    # Beside each cell those below and to the right of it: [B M t t 4 C].
-    t, flat = maps.cells.shape[2], _flatten(maps)
-    slots = jnp.maximum(maps.slots, 0)[..., None, None]
-    origins = find_origins(maps)
-    rows = origins[..., 0, None, None] + jnp.arange(t)[:, None]
-    columns = origins[..., 1, None, None] + jnp.arange(t)[None]
-    slots = jnp.broadcast_to(slots, (*rows.shape[:2], t, t))
-    beside = [
-        take(flat, _index(maps, slots, rows + down, columns + right))
-        for down, right in ((0, 1), (1, 0), (1, 1))
-    ]
-    return maps._replace(cells=jnp.concatenate([maps.cells, *beside], -1))
+    # Beside each cell those to the right of it and below: [B M t t 4 C].
+    here = jnp.arange(maps.cells.shape[1])
+    slots = jnp.maximum(maps.slots, 0)
+    right = _shift(maps.cells, here + jnp.ones_like(slots), 3)
+    both = jnp.concatenate([maps.cells, right], -1)
+    under = _shift(both, here + take(maps.columns, slots), 2)
+    return maps._replace(cells=jnp.concatenate([both, under], -1))
+
+
+def _shift(
+    cells: Float[Array, "B M t t C"], tiles: Int[Array, "B M"], axis: int
+) -> Float[Array, "B M t t C"]:
+    """The next cell along an axis; the last one's is the first of the next tile.
+
+    Args:
+      tiles: The next of each; beyond the map's border anything.
+    """
+    t, M = cells.shape[axis], cells.shape[1]
+    first = jax.lax.slice_in_dim(cells, 0, 1, axis=axis)
+    rest = jax.lax.slice_in_dim(cells, 1, t, axis=axis)
+    return jnp.concatenate([rest, take(first, jnp.minimum(tiles, M - 1))], axis)
 
 
 def choose(implementation: str) -> str:
@@ -103,15 +114,11 @@ def choose(implementation: str) -> str:
 def _gather(
     maps: Maps, slots: Int[Array, "B Q"], taps: Taps
 ) -> Float[Array, "B Q K C"]:
-    flat, total = _flatten(maps), 0.0
-    slots = jnp.broadcast_to(slots[..., None], taps.below.shape[:-1])
-    for down in (0, 1):
-        for right in (0, 1):
-            cell = taps.below + jnp.array((down, right))
-            weight = jnp.where(_inside(cell, taps.sizes), _weigh(cell, taps), 0)
-            values = take(flat, _index(maps, slots, cell[..., 0], cell[..., 1]))
-            total += weight.prod(-1)[..., None] * values
-    return jnp.asarray(total)
+    cells, weights = _weigh_corners(taps.below, taps)
+    slots = jnp.broadcast_to(slots[..., None, None], cells.shape[:-1])
+    # One gather, whose gradient is one scatter into one map of zeros, not four.
+    values = take(_flatten(maps), _index(maps, slots, cells[..., 0], cells[..., 1]))
+    return _combine(weights, values)
 
 
 def _neighbours(
@@ -121,11 +128,39 @@ def _neighbours(
     corner = jnp.clip(taps.below, 0, jnp.maximum(taps.sizes - 2, 0))
     slots = jnp.broadcast_to(slots[..., None], corner.shape[:-1])
     values = take(_flatten(maps), _index(maps, slots, corner[..., 0], corner[..., 1]))
-    cells = corner[..., None, :] + jnp.array([(0, 0), (0, 1), (1, 0), (1, 1)])
+    values = values.reshape(*values.shape[:-1], len(CORNERS), -1)
+    return _combine(_weigh_corners(corner, taps)[1], values)
+
+
+@jax.custom_vjp
+def _combine(
+    weights: Float[Array, "B Q K 4"], values: Float[Array, "B Q K 4 C"]
+) -> Float[Array, "B Q K C"]:
+    parts = [weights[..., i, None] * values[..., i, :] for i in range(len(CORNERS))]
+    return sum(parts[1:], parts[0])
+
+
+def _combine_forward(weights: Array, values: Array) -> tuple[Array, Any]:
+    return _combine(weights, values), (weights, values)
+
+
+def _combine_backward(kept: Any, gradient: Array) -> tuple[Array, Array]:
+    weights, values = kept
+    of_weights = jnp.einsum("BQKiC,BQKC->BQKi", values, gradient, precision="highest")
+    return of_weights, weights[..., None] * gradient[..., None, :]
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _weigh_corners(
+    corner: Int[Array, "B Q K 2"], taps: Taps
+) -> tuple[Int[Array, "B Q K 4 2"], Float[Array, "B Q K 4"]]:
+    """The four cells from a corner on, and the weight of each; 0 outside of the map."""
+    cells = corner[..., None, :] + jnp.array(CORNERS)
     wide = Taps(*(each[..., None, :] for each in taps))
-    weights = jnp.where(_inside(cells, wide.sizes), _weigh(cells, wide), 0).prod(-1)
-    values = values.reshape(*values.shape[:-1], 4, -1)
-    return (weights[..., None] * values).sum(-2)
+    weights = jnp.where(_inside(cells, wide.sizes), _weigh(cells, wide), 0)
+    return cells, weights.prod(-1)
 
 
 def _matmul(
