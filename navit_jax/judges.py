@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
-from navit_jax import agreement, calibration, retrieval, zero_shot
+from navit_jax import agreement, calibration, mean_iou, retrieval, zero_shot
 from navit_jax import config as config_lib
 from navit_jax.batch import PackedBatch
 from navit_jax.data.bad_image import BadImage
@@ -196,6 +196,7 @@ JUDGES = {
     "agreement": agreement.Agreement,
     "metrics": Metrics,
     "retrieval": Retrieval,
+    "segmentation": mean_iou.MeanIou,
     "zero_shot": ZeroShot,
 }
 

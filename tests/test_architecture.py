@@ -15,17 +15,18 @@ LAYERS = (
     {"batch", "metrics", "errors", "config"},
     {
         "calibration", "charts", "checkpoint", "checksums", "command_line", "culprits",
-        "data", "host_signals", "inheritance", "initialise", "isolation",
-        "linear_probe", "losses", "models", "optim", "page", "paths", "peak_flops",
-        "pictures", "progress", "records", "reporting", "results", "retention",
-        "retrieval", "run_folder", "run_lock", "saved_steps", "schedules", "sharding",
-        "signals", "weights", "zero_shot",
+        "data", "foreground", "host_signals", "inheritance", "initialise", "isolation",
+        "linear_probe", "look_pictures", "losses", "models", "optim", "page", "paths",
+        "peak_flops", "pictures", "progress", "records", "reporting", "results",
+        "retention", "retrieval", "run_folder", "run_lock", "saved_steps", "schedules",
+        "sharding", "signals", "weights", "zero_shot",
     },
     {"tasks"},
     {"agreement", "train_state", "experiment", "compile", "dial", "judges", "judging",
-     "text_embedder", "train_flops"},
+     "mean_iou", "text_embedder", "train_flops"},
     {"baselines", "evaluate", "evaluator", "few_shot", "predictor", "pretrained"},
-    {"train", "predict", "plan", "doctor", "gallery", "report", "samples", "teach"},
+    {"commands", "train", "predict", "plan", "doctor", "gallery", "report", "samples",
+     "seeing", "teach"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -29,7 +29,7 @@ def test_every_config_describes_a_state_and_a_plan(call):
     # Sets that are not here are stood in for: laws, sizes and shapes are the config's.
     for section in [config["data"], *config["evals"].values()]:
         for name, source in section["sources"].items():
-            if source["name"] in ("tfds", "folder"):
+            if source["name"] in ("tfds", "folder", "composites"):
                 section["sources"][name] = {"name": "clipart", "split": "train"}
     config["data"] = {**config["data"], "num_labels": 3, "rand_augment": ""}
     stream = experiment.build_stream(config)

@@ -273,6 +273,19 @@ def test_an_example_may_have_several_captions_or_none(tmp_path):
         source[3]
 
 
+def test_a_mask_beside_a_picture_says_the_classes_of_its_pixels(tmp_path):
+    path, file = tmp_path / "a.array_record", io.BytesIO()
+    Image.fromarray(np.array([[0, 3], [150, 255]], np.uint8)).save(file, "PNG")
+    write_records(path, [example(jpg=[png(2, 2)], seg=[file.getvalue()])])
+    source = sources.array_record(str(path), "jpg", mask="seg", num_classes=150)
+    assert len(source.class_names) == 150
+    assert source[0].labels == ()
+    assert source[0].objects.labels.tolist() == [2, 149, -1]
+    assert source[0].objects.instances.tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(ConfigError, match="mask='seg' and num_classes=0"):
+        sources.array_record(str(path), "jpg", mask="seg")
+
+
 def test_a_corrupt_record_is_an_os_error_that_names_it(tmp_path):
     path = tmp_path / "a.array_record"
     noise = np.random.default_rng(0).bytes(200_000)

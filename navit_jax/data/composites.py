@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8, UInt16
+from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from navit_jax.data import draws
 from navit_jax.data.builders import classes, groups
+from navit_jax.data.masks import visible
 from navit_jax.data.records import (
     Objects,
     Record,
@@ -153,35 +154,6 @@ class Composites:
         shape = np.sqrt(np.stack([1 / aspect, aspect], 1) * stretch[:, None])
         sides = np.rint(least[:, None] * shape)
         return np.clip(sides, 1, long).astype(np.uint16)
-
-
-def visible(
-    instances: UInt8[np.ndarray, "h w"], labels: Int[np.ndarray, " O"]
-) -> Objects:
-    """The objects of which a pixel is visible, numbered anew from 1, with their boxes.
-
-    Args:
-      instances: The number of the object at each pixel, from 1; 0 is background.
-      labels: Of each object.
-    """
-    numbers = np.unique(instances)
-    numbers = numbers[numbers > 0]
-    renumbered = np.searchsorted(numbers, instances) + 1
-    boxes = np.zeros((len(numbers), 4), np.float32)
-    for row, number in enumerate(numbers):
-        boxes[row] = _box(instances == number)
-    return Objects(
-        instances=np.where(instances > 0, renumbered, 0).astype(np.uint8),
-        boxes=boxes,
-        labels=labels[numbers - 1],
-    )
-
-
-def _box(mask: np.ndarray) -> Float[np.ndarray, "4"]:
-    """(top, left, bottom, right) of a mask, in fractions of its sides."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    ends = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
-    return np.array(ends, np.float32) / np.tile(mask.shape, 2)
 
 
 def composites(

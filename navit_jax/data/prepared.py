@@ -20,6 +20,8 @@ def tfds(
     label: str | None = "label",
     caption: str | None = None,
     key: str | None = None,
+    mask: str | None = None,
+    num_classes: int = 0,
 ) -> Stored:
     """Opens a TFDS set that was prepared as array_record.
 
@@ -32,6 +34,8 @@ def tfds(
       label: A ClassLabel or a sequence of them; None: without labels.
       caption: A text feature or a sequence of them, such as "captions/text".
       key: A text feature that names the record, such as "file_name".
+      mask: An image feature, the PNG of `masks.read_mask`, such as "annotation".
+      num_classes: Of the mask, where no label names them: they are called by number.
 
     Raises:
       ConfigError: it is not prepared, or not as array_record (with the command that
@@ -55,7 +59,8 @@ def tfds(
             f"`tfds convert_format --dataset_version_dir={folder} "
             "--out_file_format=array_record` converts it (docs/data.md)"
         )
-    return open_folder(f"{dataset}/{split}", folder, split, image, label, caption, key)
+    names = image, label, caption, key, mask
+    return open_folder(f"{dataset}/{split}", folder, split, *names, num_classes)
 
 
 def open_folder(
@@ -66,12 +71,20 @@ def open_folder(
     label: str | None,
     caption: str | None,
     key: str | None,
+    mask: str | None = None,
+    num_classes: int = 0,
 ) -> Stored:
     """Opens the folder of one version of a set; the arguments are those of `tfds`."""
+    if num_classes and (label is not None or mask is None):
+        raise ConfigError(
+            f"num_classes={num_classes} of {name} is for a mask without a label: give "
+            "mask=..., and label=None"
+        )
     info: Any = read_only_builder.builder_from_directory(folder).info
     # A converted set still calls tfrecord its format.
     info.set_file_format("array_record", override=True, override_if_initialized=True)
     wanted = {"image": image, "label": label, "caption": caption, "key": key}
+    wanted["mask"] = mask
     features = _list_features(info.features)
     for field, feature in wanted.items():
         if feature is not None and feature not in features:
@@ -95,7 +108,8 @@ def open_folder(
         folder=folder,
         parts=parts,
         **wanted,
-        class_names=_class_names(features, name, label),
+        class_names=_class_names(features, name, label)
+        or tuple(map(str, range(num_classes))),
         stamp=digest([split, image, *files]),
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
+from navit_jax.data.masks import read_mask
 from navit_jax.data.records import Record, check_labels, digest
 from navit_jax.errors import ConfigError, DataError
 
@@ -29,6 +30,7 @@ class Stored:
         record is the encoded picture itself.
       class_names: The classes by number; () when it has no labels.
       stamp: Changes when the files may have.
+      mask: A feature with the classes of pixels, as `masks.read_mask` reads them; None.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Stored:
     key: str | None
     class_names: tuple[str, ...]
     stamp: str
+    mask: str | None = None
 
     def fingerprint(self) -> str:
         """The stamp, taken when the source was opened."""
@@ -63,15 +66,17 @@ class Stored:
             raise OSError(f"{key} cannot be read: {error}") from error
         if self.image is None:
             return Record(key, raw)
-        wanted = (self.image, self.label, self.caption, self.key)
-        image, labels, captions, keys = _read_example(raw, wanted, key, self.caption)
+        wanted = (self.image, self.label, self.caption, self.key, self.mask)
+        found = _read_example(raw, wanted, key, self.caption)
+        image, labels, captions, keys, masks = found
         if len(image) != 1:
             raise DataError(f"{key} has {len(image)} values in {self.image!r}, not 1")
         key = _decode(keys[0]) if keys and keys[0] else key
         labels = check_labels(labels, len(self.class_names), f"{self.name}: {key}")
         if captions and not isinstance(captions[0], bytes):
             raise DataError(f"{key} has numbers in {self.caption!r}, which are no text")
-        return Record(key, image[0], labels, tuple(map(_decode, captions)))
+        objects = read_mask(masks[0], f"{self.name}: {key}") if masks else None
+        return Record(key, image[0], labels, tuple(map(_decode, captions)), objects)
 
 
 def _read_example(
@@ -109,6 +114,7 @@ def array_record(
     caption: str | None = None,
     key: str | None = None,
     num_classes: int = 0,
+    mask: str | None = None,
 ) -> Stored:
     """Opens array_record files that hold pictures, or tf.train.Examples with pictures.
 
@@ -122,15 +128,19 @@ def array_record(
         it has no caption.
       key: A bytes feature that names the record.
       num_classes: Labels are 0 .. num_classes - 1.
+      mask: A bytes feature, the PNG of `masks.read_mask`; needs `num_classes`.
 
     Raises:
       ConfigError: no file matches, a file is no array_record, all are empty, or the
         arguments do not fit together.
     """
-    if image is None and (label or caption or key):
-        raise ConfigError("label, caption and key need image: the feature beside them")
-    if (label is not None) != (num_classes > 0):
-        raise ConfigError(f"label={label!r} and num_classes={num_classes}: give both")
+    if image is None and (label or caption or key or mask):
+        raise ConfigError(
+            "label, caption, key and mask need image: the feature beside them"
+        )
+    if bool(label or mask) != (num_classes > 0):
+        given = f"label={label!r}" + (f", mask={mask!r}" if mask else "")
+        raise ConfigError(f"{given} and num_classes={num_classes}: give both")
     patterns = [paths] if isinstance(paths, str) else list(paths)
     parts = []
     for pattern in patterns:
@@ -155,4 +165,5 @@ def array_record(
         key=key,
         class_names=tuple(map(str, range(num_classes))),
         stamp=digest([image, *((f, s.st_size, s.st_mtime_ns) for f, s in files)]),
+        mask=mask,
     )

@@ -26,6 +26,7 @@ from navit_jax.tasks.bootstrapping import Bootstrapping
 from navit_jax.tasks.classification import Classification
 from navit_jax.tasks.contrastive import Contrastive
 from navit_jax.tasks.masked_patches import MaskedPatches
+from navit_jax.tasks.segmentation import Segmentation
 
 
 @runtime_checkable
@@ -89,4 +90,5 @@ TASKS = {
     "classification": Classification,
     "contrastive": Contrastive,
     "masked_patches": MaskedPatches,
+    "segmentation": Segmentation,
 }

@@ -1,0 +1,247 @@
+"""Classes of pixels: counts, what is learned of few scenes, and nothing leaks."""
+
+import functools
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import packed
+import pytest
+from PIL import Image
+
+from navit_jax import mean_iou
+from navit_jax.batch import PackedBatch
+from navit_jax.data import masks
+from navit_jax.data.patches import patchify
+from navit_jax.data.pixel_classes import draw_classes
+from navit_jax.errors import ConfigError, DataError
+from navit_jax.isolation import check_isolation
+from navit_jax.models.navit import NaViT
+from navit_jax.models.pooling import image_masks, mean_pool
+from navit_jax.models.sparseformer import SparseFormer
+from navit_jax.tasks.segmentation import Segmentation, count_pixels
+
+PATCH, L, SLOTS = 4, 60, 3
+COLOURS = np.array([[128, 128, 128], [255, 40, 40], [40, 40, 255]])
+SMALL = {
+    "latents": 16, "channels": 8, "points": 9, "out_points": 4, "focus_width": 32,
+    "focus_heads": 2, "width": 32, "depth": 1, "num_heads": 2, "mlp": 64, "repeats": 1,
+    "rank": 8,
+}  # fmt: skip
+ENCODERS = {
+    "navit": NaViT(
+        "Ti/4", width=32, depth=1, num_heads=2, mlp=64, pooling="none",
+        positions={"name": "factorized", "length": 8},
+    ),
+    "v1": SparseFormer("v1_micro/4", SMALL),
+    "v2": SparseFormer("v2_micro/4", SMALL),
+}  # fmt: skip
+
+
+def scene(number, grid):
+    """Pixels and classes of a red and a blue box on grey noise."""
+    rng = np.random.default_rng(number)
+    size = PATCH * np.array(grid)
+    classes = np.zeros(size, np.uint8)
+    for each in rng.permutation([1, 2]):
+        sides = rng.integers(size // 3, size // 2 + 1)
+        top, left = rng.integers(0, size - sides + 1)
+        classes[top : top + sides[0], left : left + sides[1]] = each
+    noise = rng.integers(-30, 31, (*size, 3))
+    return np.clip(COLOURS[classes] + noise, 0, 255).astype(np.uint8), classes
+
+
+def pack(rows):
+    """Rows of scenes, as the loader packs them; padding is unknown."""
+    B = len(rows)
+    batch = PackedBatch(
+        patches=np.zeros((B, L, 3 * PATCH**2), np.uint8),
+        coords=np.zeros((B, L, 2), np.int32),
+        segment_ids=np.zeros((B, L), np.int32),
+        grids=np.zeros((B, SLOTS, 2), np.int32),
+        image_mask=np.zeros((B, SLOTS), bool),
+        image_ids=np.zeros((B, SLOTS, 2), np.uint32),
+        targets={"pixel_classes": np.full((B, L, PATCH**2), 255, np.uint8)},
+    )
+    for b, scenes in enumerate(rows):
+        start = 0
+        for slot, (number, grid) in enumerate(scenes):
+            pixels, classes = scene(number, grid)
+            stop = start + grid[0] * grid[1]
+            content, coords = patchify(pixels, PATCH)
+            batch.patches[b, start:stop], batch.coords[b, start:stop] = content, coords
+            known = batch.targets["pixel_classes"]
+            known[b, start:stop], _ = patchify(classes[..., None], PATCH)
+            batch.segment_ids[b, start:stop] = slot + 1
+            batch.grids[b, slot], batch.image_mask[b, slot] = grid, True
+            batch.image_ids[b, slot] = 0, number
+            start = stop
+    return jax.tree.map(jnp.asarray, batch)
+
+
+BATCH = pack([[(1, (5, 6)), (2, (6, 4))], [(3, (4, 4)), (4, (3, 6)), (5, (5, 5))]])
+
+
+class Known:
+    """A source that knows its classes, and nothing else is asked of it."""
+
+    name, class_names = "boxes", ("red", "blue")
+
+    def __len__(self):
+        return 0
+
+    def __getitem__(self, index):
+        raise IndexError(index)
+
+
+def judge(task, params, batch):
+    """The metrics of the set that a batch is."""
+    found = jax.jit(task.confusion)(params, batch)
+    flat = {k: np.asarray(v).reshape(-1, v.shape[-1]) for k, v in found.items()}
+    index = np.where(np.asarray(batch.image_mask).ravel(), 0, -1)
+    found, source = mean_iou.MeanIou(), Known()
+    asked = found.read(source, lambda: None)
+    return found.conclude(asked, None, flat, index, source)
+
+
+@functools.cache
+def train(name, readout="points", steps=120):
+    """The task, and its parameters before and after some steps."""
+    task = Segmentation(ENCODERS[name], 2, cells=2, hidden=64, readout=readout)
+    tx = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+    before = jax.jit(task.init)(jax.random.key(0), BATCH)
+
+    def step(state, number):
+        params, moments = state
+        slopes = jax.grad(task.loss, has_aux=True)(
+            params, BATCH, jax.random.key(0), task.weights(BATCH)
+        )[0]
+        updates, moments = tx.update(slopes, moments)
+        return (optax.apply_updates(params, updates), moments), None
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
+
+    return task, before, run(before)
+
+
+@pytest.mark.parametrize(
+    "name, readout", [("navit", "points"), ("v1", "points"), ("v2", "boxes")]
+)
+def test_masks_of_few_scenes_are_learned(name, readout):
+    task, before, after = train(name, readout)
+    first, last = judge(task, before, BATCH), judge(task, after, BATCH)
+    # A head of zeros guesses the first class everywhere: the background.
+    assert first["iou_red"] == first["iou_blue"] == 0
+    assert first["mean_iou"] == pytest.approx(first["pixel_accuracy"] / 3)
+    assert first["mean_iou"] < 0.3
+    assert last["mean_iou"] > 0.6
+
+
+def test_pixels_are_counted_by_part_and_class():
+    rng = np.random.default_rng(0)
+    classes = rng.choice([0, 1, 2, 3, 255], (2, 3, 36)).astype(np.uint8)
+    for background in (True, False):
+        found = count_pixels(jnp.asarray(classes), 3, 3 + background, background)
+        assert found.shape == (2, 3, 9, 3 + background)
+        for b, i, part, c in np.ndindex(*found.shape):
+            row, column = 2 * (part // 3), 2 * (part % 3)
+            square = classes[b, i].reshape(6, 6)[row : row + 2, column : column + 2]
+            assert found[b, i, part, c] == (square == c + (not background)).sum()
+
+
+def test_confusions_are_those_of_a_loop_over_pixels_and_padding_counts_nowhere():
+    task, _, params = train("navit")
+    noisy = jax.random.randint(jax.random.key(1), BATCH.patches.shape, 0, 256)
+    padding = (BATCH.segment_ids == 0)[..., None]
+    patches = jnp.where(padding, noisy.astype(jnp.uint8), BATCH.patches)
+    found = jax.jit(task.confusion)(params, BATCH)
+    again = jax.jit(task.confusion)(
+        params, PackedBatch(**{**vars(BATCH), "patches": patches})
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, again)
+    guesses = np.asarray(task.outputs(params, BATCH)["classes"])
+    known = np.asarray(BATCH.targets["pixel_classes"])
+    expected = np.zeros((3, 2, SLOTS, 3), int)
+    ids = np.asarray(BATCH.segment_ids)
+    for b, i, pixel in np.ndindex(*known.shape):
+        row, column = divmod(pixel, PATCH)
+        guess = guesses[b, i, row // 2 * 2 + column // 2]
+        true, slot = known[b, i, pixel], ids[b, i] - 1
+        if true < 255:
+            expected[0, b, slot, true] += guess == true
+            expected[1, b, slot, guess] += 1
+            expected[2, b, slot, true] += 1
+    for name, value in zip(("hit", "said", "true"), expected, strict=True):
+        np.testing.assert_array_equal(found[name], value)
+    values = judge(task, params, BATCH)
+    hit, said, true = (x.sum((0, 1)) for x in expected)
+    assert values["mean_iou"] == pytest.approx(np.mean(hit / (said + true - hit)))
+    assert values["pixel_accuracy"] == pytest.approx(hit.sum() / true.sum())
+    # The task's own metric has the same sum.
+    metric = task.metrics(params, BATCH)["pixel_accuracy"]
+    assert metric.total.sum() == hit.sum()
+    assert metric.weight.sum() == true.sum()
+
+
+@pytest.mark.parametrize("name, readout", [("v1", "points"), ("v2", "boxes")])
+def test_segmentation_is_isolated(name, readout):
+    images = [packed.image(1, (3, 4)), packed.image(2, (5, 2)), packed.image(3, (4, 6))]
+    batch = jax.tree.map(jnp.asarray, packed.pack([images[:2], images[2:]]))
+    encoder = SparseFormer(f"{name}_micro/2", {**SMALL, "latents": 4})
+    task = Segmentation(encoder, 2, cells=1, readout=readout)
+    shapes = jax.jit(task.init)(jax.random.key(0), batch)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # With noise boxes move, and a head of zeros says something.
+    noisy = [
+        x + 0.1 * jax.random.normal(key, x.shape)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    params = jax.tree.unflatten(tree, noisy)
+
+    def pooled(batch):
+        logits = task.outputs(params, batch)["logits"][..., 0, :]
+        return mean_pool(logits, image_masks(batch.segment_ids, packed.N))
+
+    report = check_isolation(pooled, batch, tolerance=1e-4)
+    assert (report.images, report.gradients) == (3, 3)
+
+
+def test_what_is_not_known_or_does_not_fit_is_refused():
+    task = Segmentation(ENCODERS["navit"], 2, cells=3)
+    with pytest.raises(ConfigError, match="cells=3 does not divide"):
+        task.weights(BATCH)
+    bare = PackedBatch(**{**vars(BATCH), "targets": {}})
+    with pytest.raises(ConfigError, match="pixel_classes=True"):
+        task.weights(bare)
+    with pytest.raises(ConfigError, match="cells=0"):
+        Segmentation(ENCODERS["navit"], 2, cells=0)
+    with pytest.raises(ConfigError, match=r"task\.readout='pixels'"):
+        Segmentation(ENCODERS["v1"], 2, readout="pixels")
+    with pytest.raises(ConfigError, match="4 classes, the model 3"):
+        mean_iou.name_classes(("a", "b", "c", "d"), 3)
+    assert mean_iou.name_classes(("a",), 2) == ("background", "a")
+    assert mean_iou.name_classes(("a", "b"), 2) == ("a", "b")
+
+
+def png(values, mode="L"):
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(values, np.uint8), mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_mask_says_the_class_of_each_pixel():
+    values = [[0, 0, 3], [150, 3, 255]]
+    objects = masks.read_mask(png(values), "x")
+    assert objects.labels.tolist() == [2, 149, -1]
+    whole = (0.0, 0.0, 1.0, 1.0)
+    assert draw_classes(objects, (2, 3), whole, False).tolist() == values
+    assert draw_classes(objects, (2, 3), whole, True).tolist() == [
+        row[::-1] for row in values
+    ]
+    with pytest.raises(DataError, match="mode RGB"):
+        masks.read_mask(png(np.zeros((2, 2, 3)), "RGB"), "x")
