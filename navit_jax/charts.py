@@ -14,6 +14,7 @@ PANELS = {
     "accuracy": r"train/accuracy|eval/.*/accuracy",
     "recall at 5": r"eval/.*/(image_to_text|text_to_image)_r5",
     "similarity": r"(train|eval/.*)/similarity",
+    "agreement with the teacher": r"eval/.*/(centred_cosine|r1)",
     "padding": r"pack/padding",
     "padding of text": r"pack/text_padding",
     "images/s": r"throughput/images_per_second",

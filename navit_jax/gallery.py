@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Integer
 
-from navit_jax import data, judges, page, predictor, retrieval, text_embedder
+from navit_jax import (
+    data,
+    judges,
+    page,
+    predictor,
+    retrieval,
+    samples,
+    text_embedder,
+)
 from navit_jax.data.bad_image import BadImage
 from navit_jax.data.records import Record, Selection
 from navit_jax.errors import ConfigError
@@ -54,8 +62,8 @@ def show_gallery(
     for name, section in sets.items():
         found, share = _search(model, section), max(1, num // (2 * len(sets)))
         note = page.note(
-            f"{name}: {len(found.records)} pictures and {len(found.texts)} captions; "
-            "green: the caption is one of the picture's"
+            f"{name}: {len(found.records)} pictures and {len(found.texts)} captions of "
+            f"{samples.describe(section)}; green: the caption is one of the picture's"
         )
         asked = _ask(found.scores.T, found.pairs[:, ::-1], share)
         by_caption += note + "".join(_show_caption(found, *each) for each in asked)

@@ -24,7 +24,7 @@ def figure(width: float | int, height: float | int) -> Any:
 
 
 def encode(drawing: Any, kind: str) -> bytes:
-    """The file of a matplotlib figure, `kind` "png" or "svg"."""
+    """The file of a matplotlib figure, `kind` "png", "jpeg" or "svg"."""
     import matplotlib
 
     file = io.BytesIO()

@@ -1,8 +1,9 @@
 """Writes the page of one run or several: `python -m navit_jax.report RUN...`.
 
 One self-contained HTML file: what differs, how they learned, accuracy over resolution,
-padding, packed rows, predictions on real pictures, or for captions the pictures found
-and back, environment, commands.
+of which pictures that is, padding, packed rows, predictions on real pictures, or for
+captions the pictures found and back, what a SparseFormer looks at, environment,
+commands.
 """
 
 import shlex
@@ -15,6 +16,7 @@ from etils import epath
 from navit_jax import (
     charts,
     command_line,
+    commands,
     experiment,
     gallery,
     page,
@@ -24,6 +26,7 @@ from navit_jax import (
     reporting,
     run_folder,
     samples,
+    seeing,
 )
 from navit_jax import config as config_lib
 from navit_jax.errors import ConfigError
@@ -38,6 +41,7 @@ class RunOnDisk:
       judged: Of `evaluate` if it ran on the newest checkpoint that was judged, else the
         last evaluation of the run.
       judged_step: Of that checkpoint.
+      judged_by: The arguments of `evaluate`; none of the run itself.
       environment: What it ran on, and by which command.
     """
 
@@ -57,10 +61,11 @@ class RunOnDisk:
             self.last |= record
         steps = [r["step"] for r in self.records if any("eval/" in key for key in r)]
         self.judged, self.judged_step = judged.get("values", {}), judged.get("step", 0)
+        self.judged_by = judged.get("command", [])[1:]
         if not self.judged or self.judged_step < max(steps, default=0):
             named = self.last.items()
             self.judged = {k: v for k, v in named if k.startswith("eval/")}
-            self.judged_step = max(steps, default=0)
+            self.judged_step, self.judged_by = max(steps, default=0), []
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.workdir / name
@@ -99,9 +104,10 @@ def _compose(runs: Sequence[RunOnDisk], num_samples: int) -> str:
     ]
     for name, run in _named(runs, runs).items():
         sections = {
+            "Pictures of these numbers": _sets(run),
             "Packed rows": _rows(run),
             **_samples(run, num_samples),
-            "Commands": _commands(run),
+            **_show("Commands", run, lambda run=run: _commands(run)),
             "Config": page.fold(page.table(_flat(run.config))),
             "Environment": page.fold(page.table(_flat(run.environment))),
         }
@@ -127,7 +133,7 @@ def _summary(runs: Sequence[RunOnDisk]) -> str:
         return page.note("No step was reported yet.")
     right = sorted({
         name for run in runs for name in run.last
-        if name.startswith("eval/") and name.endswith(("/accuracy", "_r1", "_r5"))
+        if name.startswith("eval/") and name.endswith(RIGHT)
     })  # fmt: skip
     lines = [
         ("step", [f"{r.last.get('step', 0)} of {r.config['steps']}" for r in runs]),
@@ -157,6 +163,7 @@ def _share(value: Any) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
+RIGHT = ("/accuracy", "_r1", "_r5", "/r1", "/centred_cosine")
 LINES = (
     ("images seen", "data/images_seen", _count),
     ("tokens seen", "data/tokens_seen", _count),
@@ -206,6 +213,15 @@ def _rows(run: RunOnDisk) -> str:
     return page.embed_image(pictures.encode(drawing, "png"), "png", "packed rows")
 
 
+def _sets(run: RunOnDisk) -> str:
+    """Of which pictures the numbers of training and of each eval set are."""
+    rows = samples.list_sets(run.config)
+    shown = page.table(rows, ["", "pictures", "judged by", "sides or budgets"])
+    by = f"python -m navit_jax.evaluate {shlex.join(map(str, run.judged_by))}"
+    note = f"Judged by: {by if run.judged_by else 'the run itself'}; step "
+    return shown + (page.note(f"{note}{run.judged_step}") if run.judged else "")
+
+
 def _samples(run: RunOnDisk, num: int) -> dict[str, str]:
     """What the model says of pictures of the eval sets, by title."""
     evals = run.config.get("evals", {})
@@ -215,24 +231,43 @@ def _samples(run: RunOnDisk, num: int) -> dict[str, str]:
         return {"Predictions": page.note("None: config.evals is empty")}
     try:
         model = predictor.load(run.workdir)
-        found = gallery.show_gallery(model, evals, num)
-        return {**found, "Predictions": samples.show_samples(model, evals, num)}
-    except (ValueError, OSError, RuntimeError) as error:  # errors.py has all three
-        logging.warning("no predictions of %s: %s", run.name, error)
-        return {"Predictions": page.note(f"None: {error}")}
+    except FAILURES as error:
+        return _tell("Predictions", run, error)
+    return {
+        **_show("Captions", run, lambda: gallery.show_gallery(model, evals, num)),
+        **_show("Predictions", run, lambda: _predictions(model, evals, num)),
+        **_show("Where it looks", run, lambda: seeing.show_looks(model, evals)),
+    }
 
 
-def _commands(run: RunOnDisk) -> str:
-    folder = shlex.quote(str(run.workdir))
+def _predictions(
+    model: predictor.Predictor, evals: Mapping[str, Mapping[str, Any]], num: int
+) -> dict[str, str]:
+    if hasattr(model.task, "vectors"):  # of a student and its teacher
+        return {}
+    return {"Predictions": samples.show_samples(model, evals, num)}
+
+
+FAILURES = ValueError, OSError, RuntimeError  # errors.py has all three
+
+
+def _show(title: str, run: RunOnDisk, show: Callable[[], dict[str, str]]) -> Any:
+    """What `show` returns, or why it could not, under the title."""
+    try:
+        return show()
+    except FAILURES as error:
+        return _tell(title, run, error)
+
+
+def _tell(title: str, run: RunOnDisk, error: Exception) -> dict[str, str]:
+    logging.warning("%s of %s: %s", title, run.name, error)
+    return {title: page.note(f"None: {error}")}
+
+
+def _commands(run: RunOnDisk) -> dict[str, str]:
     argv = [str(arg) for arg in run.environment.get("command", [])[1:]]
-    lines = [f"python -m navit_jax.train {shlex.join(argv)}"] if argv else []
-    lines.append(f"python -m navit_jax.evaluate --workdir={folder} --sides=32,64,128")
-    if "text" not in run.config["task"]:  # of two towers it has no classes to predict
-        lines.append(
-            f"python -m navit_jax.predict --workdir={folder} --images=FOLDER "
-            "--output=predictions.csv"
-        )
-    return "<pre>" + page.text("\n".join(lines)) + "</pre>"
+    lines = commands.list_commands(run.config, str(run.workdir), argv)
+    return {"Commands": "<pre>" + page.text("\n".join(lines)) + "</pre>"}
 
 
 def define_main() -> Callable[[Sequence[str]], int]:

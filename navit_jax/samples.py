@@ -31,9 +31,34 @@ def show_samples(
         note = ", by what its classes are called"
     share = max(1, num // max(len(evals), 1))
     return "".join(
-        page.note(f"{name}{note}") + _show(model, section, share, f"evals.{name}")
+        page.note(f"{name}{note}: {describe(section)}")
+        + _show(model, section, share, f"evals.{name}")
         for name, section in evals.items()
     )
+
+
+def describe(section: Mapping[str, Any]) -> str:
+    """Of which pictures a set is, by the sources of its section."""
+    told = []
+    for source in section["sources"].values():
+        rest = [f"{k}={v}" for k, v in source.items() if k not in ("name", "weight")]
+        told.append(source["name"] + (f" ({', '.join(rest)})" if rest else ""))
+    return " and ".join(told)
+
+
+def list_sets(config: Mapping[str, Any]) -> list[list[str]]:
+    """(what, of which pictures, judged how, at which sizes) of training and each set.
+
+    Args:
+      config: Of a run.
+    """
+    rows = [["training", describe(config["data"]), "", ""]]
+    for name, section in config.get("evals", {}).items():
+        sizes = (*section.get("sides", ()), *section.get("budgets", ()))
+        judge = section.get("name", "metrics")
+        told = [describe(section), judge, ", ".join(map(str, sizes))]
+        rows.append([f"eval/{name}", *told])
+    return rows
 
 
 def _show(

@@ -130,6 +130,35 @@ def test_an_evaluation_of_before_the_last_one_of_the_run_is_not_shown(folder):
         assert f"judged{max(step, 3)}" in said
 
 
+def test_a_page_says_of_which_pictures_its_numbers_are(folder):
+    config = json.loads((folder / "config.json").read_text())
+    other = {"name": "folder", "path": HOSTILE}
+    config["evals"]["held out"] = {
+        "name": "agreement",
+        "sources": {"a": VALIDATION, "b": other},
+        "sides": [64, "native"],
+        "budgets": [9],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    cells = [text for text in Tags(page_of(folder)).text if text.strip()]
+    start = cells.index("Pictures of these numbers")
+    assert cells[start + 1 : cells.index("Packed rows")] == [
+        *("pictures", "judged by", "sides or budgets"),
+        *("training", "clipart (split=train)"),
+        "eval/held out",
+        f"clipart (split=validation) and folder (path={HOSTILE})",
+        *("agreement", "64, native, 9"),
+        "Judged by: the run itself; step 0",
+    ]
+    path = folder / "evaluation.json"
+    judged = {**json.loads(path.read_text()), "step": 9}
+    judged["command"] = ["evaluate.py", "--workdir=x y", "--split=test"]
+    path.write_text(json.dumps(judged))
+    said = "".join(Tags(page_of(folder)).text)
+    by = "python -m navit_jax.evaluate '--workdir=x y' --split=test; step 9"
+    assert f"Judged by: {by}" in said
+
+
 def test_two_runs_are_on_one_page_with_what_differs(folder, tmp_path):
     other = make_run(epath.Path(tmp_path) / "other", seed=7, optim__lr=0.5)
     page = Tags(page_of(folder, other))
@@ -351,7 +380,9 @@ def test_predictions_on_real_pictures_show_what_the_model_says(tmp_path, picture
         assert said.count(f"{names[0]} {values.max():.2f}{names[1]}") >= 2
     assert text.count("<figure class='right'>") == 2 * hits
     assert text.count("<figure class='wrong'>") == 2 * (len(own) - hits)
-    assert page.inside["p"] == ["own", f"{TAG}also"]
+    told = f"folder (path={pictures_of['path']})"
+    notes = ["Judged by: the run itself; step 1", f"own: {told}", f"{TAG}also: {told}"]
+    assert page.inside["p"] == notes
 
 
 def test_a_picture_that_can_not_be_used_says_why():

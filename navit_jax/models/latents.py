@@ -109,6 +109,29 @@ def read_tables(
     return jnp.einsum("BQT,TD->BQD", each, tables, precision="highest")
 
 
+def by_image(
+    rois: Float[Array, "B R Q 4"],
+    points: Float[Array, "B R Q S 2"],
+    num_latents: Int[Array, "B N"],
+    most: int,
+) -> Float[Array, "B N R most V"]:
+    """Box and points of the tokens of each image, at each of R stages.
+
+    Args:
+      most: Tokens of an image, at most.
+
+    Returns:
+      Of a token V = 4 + 2 S values; NaN where an image has fewer.
+    """
+    values = jnp.concatenate([rois, points.reshape(*points.shape[:-2], -1)], -1)
+    num, inside = num_latents[..., None], jnp.arange(most)
+    first = jnp.cumsum(num, 1) - num
+    places = jnp.minimum(first + inside, values.shape[2] - 1)
+    found = jax.vmap(lambda row, own: row[:, own])(values, places)
+    real = (inside < num)[:, :, None, :, None]
+    return jnp.where(real, jnp.moveaxis(found, 1, 2), jnp.nan)
+
+
 class Tables(nn.Module):
     """The learned start of tokens: boxes [T 4] and embeddings [T D], or one for all.
 

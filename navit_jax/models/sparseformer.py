@@ -38,7 +38,7 @@ from navit_jax.models.device_rows import keep_rows
 from navit_jax.models.dropout import Draws, draw
 from navit_jax.models.feature_maps import CUTS, Maps, Stem
 from navit_jax.models.focusing import BRANCHES, INIT, State, View, build_unit
-from navit_jax.models.latents import Tables, allot, place
+from navit_jax.models.latents import Tables, allot, by_image, place
 from navit_jax.models.layers import layer_norm
 from navit_jax.models.sampling import prepare
 from navit_jax.models.sizes import Spec
@@ -180,7 +180,7 @@ class SparseFormer(nn.Module):
           patch; `latent_ids` [B Q], the tokens' segment ids, and `num_latents` [B N];
           with a class token `class`, the same as `pooled`; with a projection
           `projected` [B N projection]. With `capture` also `rois` [B R+1 Q 4], those
-          that were looked at in each stage, and `points` [B R+1 Q S 2].
+          looked at by stage, `points` [B R+1 Q S 2] and `looks`: `latents.by_image`.
 
         Raises:
           ConfigError: an attribute has no such choice, or there may be no room.
@@ -221,6 +221,8 @@ class SparseFormer(nn.Module):
         if self.capture:
             out["rois"] = jnp.stack([each.looked for each in seen], 1)
             out["points"] = jnp.stack([each.points for each in seen], 1)
+            looks = by_image(out["rois"], out["points"], num_latents, max(counts))
+            out["looks"] = looks
         return out
 
     def _maps(self, *row: Array) -> Maps:
