@@ -4,7 +4,10 @@ Source: arXiv 2312.01987 at the size of a demonstration; the teacher is ViT-S/14
 architecture, saliency-tuned): python -m navit_jax.weights.fetch vit_s14
 Command: python -m navit_jax.train --config=configs/bootstrap_smoke.py --workdir=RUN
     trains on the embedded clip art; --config=configs/bootstrap_smoke.py:composites adds
-    scenes with small objects (python -m navit_jax.data.builders.composites).
+    scenes with small objects (python -m navit_jax.data.builders.composites), and
+    --config=configs/bootstrap_smoke.py:plain has another student: the plain ViT-S/14
+    from scratch on 49 patches, which the teacher sees enlarged from 98 to 112 px.
+Judge: python benchmarks/bootstrapping.py --workdir=RUN --plain=RUN2
 Cost: 7 minutes on two cores. It shows that it learns (docs/bootstrapping.md): quality
 takes longer runs (configs/sparseformer_bootstrap.py).
 """
@@ -13,8 +16,8 @@ import ml_collections
 
 
 def get_config(arg: str = ""):
-    if arg not in ("", "composites"):
-        raise ValueError(f"unknown argument {arg!r}; known: composites")
+    if arg not in ("", "composites", "plain"):
+        raise ValueError(f"unknown argument {arg!r}; known: composites, plain")
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 300
@@ -31,7 +34,7 @@ def get_config(arg: str = ""):
         "crop": {"name": "inception", "area_low": 0.35},
         "flip": 0.5,
     }
-    if arg:
+    if arg == "composites":
         config.data["sources"]["composites"] = scenes
     config.model = {
         "name": "sparseformer",
@@ -94,5 +97,13 @@ def get_config(arg: str = ""):
             "slots": 4,
         }
     }
+    if arg == "plain":
+        config.data.update(tokens=4 * 7**2, resolution={"name": "fixed", "side": 98})
+        positions = {"name": "learned_1d", "side": 7, "length": 7}
+        init = config.model["init"]
+        config.model = {**config.task["teacher"], "positions": positions, "init": init}
+        config.task.update(teacher_side=112, inherit=())
+        del config.optim["freeze"], config.optim["lr_multipliers"]
+        config.evals["validation"]["sides"] = (98,)
     config.lock()
     return config

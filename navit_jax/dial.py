@@ -1,5 +1,9 @@
-"""The dial between cost and quality of a model: a side, or a number of patches."""
+"""The dials between cost and quality of a model.
 
+A side, or a number of patches; of a SparseFormer its number of latent tokens too.
+"""
+
+import dataclasses
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -52,3 +56,29 @@ def choose_law(
             f"tokens={longest**2}"
         )
     return asked
+
+
+def set_latents(model: Any, count: float | int) -> Any:
+    """The predictor with another number of latent tokens an image, and no new weights.
+
+    The learned tables of boxes and embeddings are interpolated (arXiv 2304.03768).
+
+    Args:
+      model: A `Predictor`.
+
+    Raises:
+      ConfigError: its encoder is no SparseFormer, or no such number.
+    """
+    encoder = model.task.encoder
+    if not isinstance(encoder, models.SparseFormer):
+        raise ConfigError(
+            f"count={count}: this model has no latent tokens; its dials are side and "
+            "tokens"
+        )
+    whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+    if not whole or count < 1:
+        raise ConfigError(f"count={count!r}: give a number of latent tokens")
+    changes = {"counts": (int(count),), "allot": "fixed", "latents": None}
+    config = {**model.config, "model": {**model.config["model"], **changes}}
+    task = dataclasses.replace(model.task, encoder=encoder.clone(**changes))
+    return dataclasses.replace(model, config=config, task=task)

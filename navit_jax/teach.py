@@ -18,6 +18,7 @@ from jaxtyping import Float32
 
 from navit_jax import command_line, compile, data, experiment, sharding
 from navit_jax import config as config_lib
+from navit_jax.batch import PackedBatch
 from navit_jax.data import teacher_outputs
 from navit_jax.errors import ConfigError
 
@@ -37,7 +38,7 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
     experiment.check_sections(config)
     mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
     whole = experiment.build_stream(config)
-    task = experiment.build_task(config, whole.num_classes)
+    task: Any = experiment.build_task(config, whole.num_classes)
     if (about := getattr(task, "about", None)) is None:
         raise ConfigError(
             f"config.task.name={config['task']['name']!r} has no teacher: use "
@@ -51,26 +52,29 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
             source = {k: v for k, v in section.items() if k != "weight"}
             asked = {"sources": {name: source}, "sides": (side,)}
             shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
-            streams = experiment.build_eval_streams(config, asked, name, shards)
+            streams = experiment.build_eval_streams(config, asked, name, shards, "--")
             for _, stream in streams:
-                vectors = run(task, params, stream, mesh)
+                vectors = run(task.vectors_of_teacher, params, stream, mesh)
                 (read,), _ = data.open_sources({name: source})
                 teacher_outputs.write(out, name, read, vectors, about())
                 logging.info("%s: %s vectors of %s", out, vectors.shape, name)
 
 
 def run(
-    task: Any, params: Any, stream: data.Stream, mesh: Mesh
+    encode: Callable[[Any, PackedBatch], jax.Array],
+    params: Any,
+    stream: data.Stream,
+    mesh: Mesh,
 ) -> Float32[np.ndarray, "M E"]:
-    """The teacher's vectors of all images of a stream; 0 of those that have no pixels.
+    """The vectors of all images of a stream; 0 of those that have no pixels.
 
     Args:
-      task: With a teacher.
+      encode: (params, batch) -> [B N E].
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     compute = jax.jit(
         lambda params, batch: (
-            task.vectors_of_teacher(params, batch),
+            encode(params, batch),
             batch.image_ids[..., 1],
             batch.image_mask,
         ),

@@ -5,9 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from small_sparseformer import SMALL
+from test_bootstrapping import TEACHER as VIT
 from test_bootstrapping import config
 
-from navit_jax import agreement, evaluator, experiment, sharding
+from navit_jax import (
+    agreement,
+    compile,
+    dial,
+    evaluator,
+    experiment,
+    predictor,
+    sharding,
+)
 from navit_jax.data import sources
 from navit_jax.errors import ConfigError
 
@@ -73,3 +83,88 @@ def test_a_task_without_teacher_is_refused():
     task = experiment.build_task(tiny.config(), 8)
     with pytest.raises(ConfigError, match="bootstrapping"):
         agreement.compute_vectors(task, {}, stream.example())
+
+
+CLIPART = {"name": "clipart", "split": "validation", "labels": "none"}
+
+
+def bootstrapped(**changes):
+    """A small SparseFormer that begins with the last block of a small ViT."""
+    teacher = {
+        **VIT, "width": 16, "depth": 2, "mlp": 32, "class_token": True,
+        "pooling": "class", "bias_qkv": True, "bias_ln": True, "qk_norm": False,
+    }  # fmt: skip
+    model = {"name": "sparseformer", "size": "v2_micro/16", "max_side": 4}
+    return config(
+        model={**model, "shape": SMALL, **changes},
+        task__teacher=teacher,
+        task__representation="both",
+        task__inherit=[
+            ("encoder/blocks/(.*)", r"teacher/blocks/\1[1:]"),
+            ("encoder/norm/(.*)", r"teacher/norm/\1"),
+            ("encoder/class_token", "teacher/class_token"),
+        ],
+        evals={
+            "validation": {
+                "name": "agreement", "sources": {"art": CLIPART}, "sides": (48,)
+            }
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun():
+    """What a run begins with: the mesh and its parameters."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        stream = experiment.build_stream(bootstrapped())
+        task = experiment.build_task(bootstrapped(), 8)
+        program = compile.Program(bootstrapped(), task, stream.example(), mesh)
+        return mesh, program.first_state().params
+
+
+def judge(changed, mesh, params):
+    """What agreement says of a set, by metric."""
+    task = experiment.build_task(changed, 8)
+    with jax.set_mesh(mesh):
+        found = evaluator.Evaluator(changed, task, mesh, ()).run(params)
+    return {name.rsplit("/", 1)[1]: value for name, value in found.items()}
+
+
+def test_a_random_front_before_the_blocks_of_the_teacher_is_at_chance(begun):
+    found = judge(bootstrapped(), *begun)
+    assert found["r1_low"] <= 1 / found["images"] <= found["r1_high"]
+    # As near to a constant as above: what is left of it has one direction.
+    assert abs(found["centred_cosine"]) < 0.25
+
+
+def test_the_number_of_tokens_changes_at_inference_with_the_same_weights(begun):
+    """Its own number asked for is the model itself; others are other functions."""
+    mesh, params = begun
+    stream = experiment.build_stream(bootstrapped())
+    batch = jax.tree.map(jnp.asarray, next(stream.batches(np.arange(8)))[0])
+    task = experiment.build_task(bootstrapped(), 8)
+    model = predictor.Predictor(bootstrapped(), (), task, params, 0, mesh)
+    asked = {0: model, 4: dial.set_latents(model, 4), 9: dial.set_latents(model, 9)}
+    found, there = {}, np.asarray(batch.image_mask)
+    for count, own in asked.items():
+        out = jax.jit(own.task.outputs)(own.params, batch)
+        assert (out["num_latents"][there] == (count or 4)).all()
+        assert experiment.build_encoder(own.config) == own.task.encoder
+        found[count] = np.asarray(out["student"])[there]
+    np.testing.assert_array_equal(found[0], found[4])
+    assert np.isfinite(found[9]).all()
+    assert not np.allclose(found[9], found[4], atol=1e-3)
+
+
+def test_a_number_of_tokens_that_there_can_not_be_is_refused(begun):
+    mesh, params = begun
+    task = experiment.build_task(bootstrapped(), 8)
+    model = predictor.Predictor(bootstrapped(), (), task, params, 0, mesh)
+    for count in (0, True, 2.5):
+        with pytest.raises(ConfigError, match="give a number of latent tokens"):
+            dial.set_latents(model, count)
+    plain = experiment.build_task(tiny.config(), 8)
+    other = predictor.Predictor(tiny.config(), (), plain, {}, 0, mesh)
+    with pytest.raises(ConfigError, match="no latent tokens"):
+        dial.set_latents(other, 9)
