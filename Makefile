@@ -7,7 +7,8 @@
 VENV ?= .venv
 PYTHON ?=
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Each worker begins with a half, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: demo test test-all pytest check setup lock clean
 
 setup:
@@ -32,12 +33,12 @@ check: setup
 	$(BIN)/basedpyright
 
 pytest: setup
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: check pytest
 
 test-all: check
-	$(PYTEST) -n 2
+	$(PYTEST)
 
 lock:
 	uv pip compile --quiet --universal --generate-hashes --no-header \

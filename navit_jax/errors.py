@@ -11,6 +11,18 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+class TooLarge(ConfigError):
+    """A resolution is more than the positions, or a row, can hold.
+
+    Attributes:
+      text: The message without its subject, what asked for it.
+    """
+
+    def __init__(self, text: str, asked: str = "data.resolution"):
+        super().__init__(f"{asked} {text}")
+        self.text = text
+
+
 class DataError(ValueError):
     """The data are below the quality limit, or a record breaks its contract."""
 

@@ -93,7 +93,13 @@ def evaluate(
     model = predictor.restore(workdir, step, sharding.make_mesh())
     config = {**model.config, "evals": sections}
     with jax.set_mesh(model.mesh):
-        evaluator = Evaluator(config, model.task, model.mesh, model.class_names)
+        evaluator = Evaluator(
+            config,
+            model.task,
+            model.mesh,
+            model.class_names,
+            "--" if dial else "config.evals.{}.",
+        )
         values = evaluator.run(model.params)
     if shots:
         values |= _few_shot(workdir, config, evaluator, model.step, shots)

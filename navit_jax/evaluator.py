@@ -42,12 +42,14 @@ class Evaluator:
         task: Task,
         mesh: Mesh,
         class_names: Sequence[str],
+        asked: str = "config.evals.{}.",
     ):
         """Opens the sources of `config.evals` and plans every (set, resolution).
 
         Args:
           class_names: Of training; sets that are judged by the task's own metrics must
             have the same ones.
+          asked: As of `experiment.build_eval_streams`.
 
         Raises:
           ConfigError: a set has other classes, or asks for texts of a task that knows
@@ -61,7 +63,7 @@ class Evaluator:
         for name, section in config.get("evals", {}).items():
             self.judges[name] = judges.build(section, f"evals.{name}")
             for label, stream in experiment.build_eval_streams(
-                config, section, name, shards
+                config, section, name, shards, asked
             ):
                 self.streams[f"{name}_{label}"] = stream
                 self.set_of[f"{name}_{label}"] = name

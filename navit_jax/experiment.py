@@ -4,16 +4,22 @@ import dataclasses
 import fnmatch
 import functools
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from navit_jax import checkpoint, data, initialise, judges, models, optim, sharding
 from navit_jax import config as config_lib
-from navit_jax.data import crop, resolution, teacher_outputs, token_drop, tokenizer
+from navit_jax.data import (
+    crop,
+    eval_sizes,
+    resolution,
+    teacher_outputs,
+    token_drop,
+    tokenizer,
+)
 from navit_jax.data.given import lengthen, row_length
 from navit_jax.data.sources import SOURCES
-from navit_jax.errors import ConfigError
+from navit_jax.errors import ConfigError, TooLarge
 from navit_jax.models.positions import POSITIONS
 from navit_jax.schedules import SCHEDULES
 from navit_jax.tasks import TASKS, Task
@@ -203,7 +209,11 @@ SHARED = (
 
 
 def build_eval_streams(
-    config: Mapping[str, Any], section: Mapping[str, Any], name: str, shards: int = 1
+    config: Mapping[str, Any],
+    section: Mapping[str, Any],
+    name: str,
+    shards: int = 1,
+    asked: str = "config.evals.{}.",
 ) -> Iterator[tuple[str, data.Stream]]:
     """(label, stream) for each of the resolutions at which a set of `evals` is judged.
 
@@ -217,10 +227,11 @@ def build_eval_streams(
         keys of section `data` to replace.
       name: Of the set.
       shards: Devices that split rows, which are rounded up to a multiple of them.
+      asked: Where sides and budgets stand, for messages: {} is the name.
 
     Raises:
-      ConfigError: no size is given, or one that is none; a key that nothing reads, or
-        that has an effect in training alone.
+      ConfigError: no size is given, one that is none, or that the model's positions do
+        not reach; a key that nothing reads, or that has an effect in training alone.
     """
     where = f"evals.{name}"
     for key in TRAINING_ONLY:
@@ -230,7 +241,8 @@ def build_eval_streams(
                 f"{name}.sides or {name}.budgets; remove it"
             )
     patch = models.patch_size(config["model"]["size"])
-    laws = dict(_laws(section, where, patch))
+    sizes = eval_sizes.laws(section, where, patch)
+    laws = {label: (size, law) for label, size, law in sizes}
     judge, settings = judges.choose(section, where)
     own = {k: v for k, v in section.items() if k not in ("sides", "budgets", "name")}
     base = {key: config["data"][key] for key in SHARED if key in config["data"]}
@@ -242,7 +254,7 @@ def build_eval_streams(
         base = {k: v for k, v in base.items() if k not in given}
     config_lib.check({**base, **own}, [data.open_stream, judge], where, given)
     own = {k: v for k, v in own.items() if k not in settings}
-    for label, law in laws.items():
+    for label, (size, law) in laws.items():
         arguments = {**base, **own, "resolution": law}
         if aside:
             arguments["num_labels"] = 0
@@ -251,38 +263,13 @@ def build_eval_streams(
         if may_grow:
             largest = law.get("tokens", int((law.get("side", 0) / patch) ** 2))
             arguments["tokens"] = row_length(arguments["tokens"], largest)
-        stream = _open(config, arguments, where, training=False)
+        try:
+            stream = _open(config, arguments, where, training=False)
+        except TooLarge as error:
+            raise TooLarge(error.text, asked.format(name) + size) from error
         if may_grow and law["name"] == "native":
             stream = lengthen(stream, shards)
         yield label, stream
-
-
-def _laws(
-    section: Mapping[str, Any], where: str, patch: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(label, section of the law) of each size that an evaluation set asks for."""
-    sizes: dict[str, Sequence[Any]] = {"sides": (), "budgets": ()}
-    for key in sizes:
-        values = sizes[key] = section.get(key, ())
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            raise ConfigError(f"config.{where}.{key}={values!r}: give a list, as (64,)")
-    if not any(sizes.values()):
-        raise ConfigError(
-            f"config.{where}.sides: give at least one, as (64, 'native'), or budgets, "
-            "as (49, 196)"
-        )
-    for side in sizes["sides"]:
-        number = isinstance(side, int | float) and not isinstance(side, bool)
-        if side != "native" and not (number and 0 < side < math.inf):
-            raise ConfigError(
-                f"config.{where}.sides: {side!r}: give pixels or 'native'"
-            )
-        fixed = {"name": "fixed", "side": side}
-        yield str(side), {"name": "native"} if side == "native" else fixed
-    for tokens in sizes["budgets"]:
-        if type(tokens) is not int or tokens < 1:
-            raise ConfigError(f"config.{where}.budgets: {tokens!r}: give whole numbers")
-        yield f"{tokens}tokens", {"name": "budget", "tokens": tokens, "patch": patch}
 
 
 def _open(

@@ -5,11 +5,13 @@ A pattern is a regular expression that must match the whole path. Of a list of
 (pattern, value) pairs the first that matches wins.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+from clu import parameter_overview
 
 from navit_jax.config import nearest
 from navit_jax.errors import ConfigError
@@ -26,6 +28,16 @@ def flatten(tree: Any) -> dict[str, Any]:
     leaves = {name(path): leaf for path, leaf in pairs}
     assert len(leaves) == len(pairs), "two leaves of one name"
     return leaves
+
+
+def tabulate(tree: Any) -> str:
+    """Name, shape and size of each array of a tree of them, and the sum."""
+    table = parameter_overview.get_parameter_overview(tree, include_stats=False)
+    # Its last line is a sum that has decimals if one of them is a scalar.
+    table = table[: table.rindex("\n")]
+    sizes = [(math.prod(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
+    number, size = sum(n for n, _ in sizes), sum(n * each for n, each in sizes)
+    return f"{table}\nTotal: {number:,} -- {size:,} bytes"
 
 
 def nest(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ A line a picture, in the order of the folder's file names: what it is, with whic
 probability, or why it can not be used.
 """
 
+import contextlib
 import csv
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -43,19 +44,40 @@ def header(top: int) -> list[str]:
     return [*columns, *(name for pair in names for name in pair)]
 
 
-def open_table(path: epath.Path, columns: Sequence[str]) -> IO[str]:
-    """A new file with its first line, which a full disk does not take either.
+@contextlib.contextmanager
+def open_table(
+    path: epath.Path, columns: Sequence[str]
+) -> Iterator[Callable[[Iterable[Sequence[Any]]], None]]:
+    """A new file with its first line, and what adds more; each call reaches the disk.
 
     Raises:
-      ConfigError: it can not be written.
+      ConfigError: it can not be written, or not any further, as on a full disk.
     """
-    try:
+
+    def add(lines: Iterable[Sequence[Any]]) -> None:
+        with _writing(path):
+            csv.writer(file).writerows(lines)
+            file.flush()
+
+    with _writing(path):
         file = path.open("w")
-        csv.writer(file).writerow(columns)
-        file.flush()
+    try:
+        add([columns])
+        yield add
+    except BaseException:
+        with contextlib.suppress(OSError):  # What found no room finds none now.
+            file.close()
+        raise
+    with _writing(path):
+        file.close()
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"--output={path} can not be written: {error}") from error
-    return file
 
 
 def define_main() -> Callable[[], int]:
@@ -86,10 +108,9 @@ def define_main() -> Callable[[], int]:
         count = min(top.value, len(class_names))
         asked = command_line.parse_side(side.value) if side.value else None
         law, which, bad = choose_law(config, asked, tokens.value), step(), 0
-        with open_table(path, header(count)) as file:
+        with open_table(path, header(count)) as add:
             predictor = load(workdir.value, which)
             bar = tqdm.tqdm(total=len(source), unit="img", desc="predict")
-            writer = csv.writer(file)
             for start in range(0, len(source), CHUNK):
                 names = source.files[start : start + CHUNK]
                 files = [pathlib.Path(source.folder, name) for name in names]
@@ -99,11 +120,12 @@ def define_main() -> Callable[[], int]:
                 ):
                     lines[found.place] = line(found, class_names, count)
                     bar.update()
-                for name, columns in zip(names, lines, strict=True):
-                    # A name need not be UTF-8.
-                    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-                    writer.writerow([text, *columns])
-                    bad += bool(columns[2])
+                # A name need not be UTF-8.
+                texts = [
+                    os.fsencode(n).decode("utf-8", "backslashreplace") for n in names
+                ]
+                add([text, *rest] for text, rest in zip(texts, lines, strict=True))
+                bad += sum(bool(columns[2]) for columns in lines)
             bar.close()
         print(f"{len(source)} pictures in {output.value}, {bad} could not be used")
         return 0

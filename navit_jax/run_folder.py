@@ -72,7 +72,7 @@ def store_config(
 
     Raises:
       ConfigError: the folder belongs to another config; the message lists the keys that
-        differ.
+        may not differ.
     """
     path = workdir / "config.json"
     # A run that ended before its first record, as of a wrong path, binds to nothing.
@@ -200,15 +200,16 @@ def store(path: epath.Path, contents: str | bytes) -> None:
 
 def _check_same(path: epath.Path, config: Mapping[str, Any], allow: bool) -> None:
     changes = config_lib.differences(read_json(path, CONFIG_REMEDY), config)
-    lines = [f"  {key}: {old!r} -> {new!r}" for key, old, new in changes]
-    if not changes:
-        return
-    if allow or all(HARMLESS.match(key) for key, _, _ in changes):
-        logging.warning("the config changed on resuming:\n%s", "\n".join(lines))
-        return
-    raise ConfigError(
-        f"{path} is of another config:\n"
-        + "\n".join(lines)
-        + "\nuse another --workdir, "
-        "or --allow_config_change if this is what you want"
-    )
+    lines = {key: f"  {key}: {old!r} -> {new!r}" for key, old, new in changes}
+    reasons = [line for key, line in lines.items() if not HARMLESS.match(key)]
+    if reasons and not allow:
+        raise ConfigError(
+            f"{path} is of another config:\n"
+            + "\n".join(reasons)
+            + "\nuse another --workdir, "
+            "or --allow_config_change if this is what you want"
+        )
+    if lines:
+        logging.warning(
+            "the config changed on resuming:\n%s", "\n".join(lines.values())
+        )

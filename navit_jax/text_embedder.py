@@ -73,8 +73,14 @@ class TextEmbedder:
         Raises:
           ValueError: `texts` is no list of texts, or the tokenizer leaves one out.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"texts={str(texts)[:100]!r}: give a list of texts")
+        if isinstance(texts, str):
+            raise ValueError(f"texts={texts[:100]!r}: give a list of texts")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"texts[{place}]={str(text)[:100]} is a {type(text).__name__}: "
+                    "give a list of texts, as ['a dog']"
+                )
         found, known = self.embed(params, texts)
         if not known.all():
             place = int(known.argmin())

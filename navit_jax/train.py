@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from absl import flags, logging
-from clu import parameter_overview
 from etils import epath
 
 from navit_jax import (
@@ -20,6 +19,7 @@ from navit_jax import (
     evaluator,
     experiment,
     host_signals,
+    paths,
     peak_flops,
     reporting,
     run_folder,
@@ -111,9 +111,7 @@ class Run:
             self.stream.plan.check_fingerprint(meta["fingerprint"])
         else:
             self.first, self.state = 0, program.first_state()
-            overview = parameter_overview.get_parameter_overview(
-                program.abstract.params, include_stats=False
-            )
+            overview = paths.tabulate(program.abstract.params)
             logging.info("parameters:\n%s", overview)
         self.quality = QualityLimit(self.options.bad_images, meta.get("quality", ()))
         self.step_fn = program.step()

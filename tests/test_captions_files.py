@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from test_sources import make_folder, own_cache, png
 
 from navit_jax.data import sources
+from navit_jax.data import tables as tables_lib
 from navit_jax.data.captions import caption_lengths
+from navit_jax.data.sizes import size_table
 from navit_jax.data.tokenizer import open_tokenizer
 from navit_jax.errors import ConfigError
 
@@ -97,6 +100,46 @@ def test_without_a_file_a_folder_has_no_captions_and_the_tables_it_had(root):
     other = open_captioned(root, "c.csv", FILES["c.csv"].replace("owl", "cat"))
     prints = [source.fingerprint() for source in (plain, captioned, other)]
     assert len(set(prints)) == 3
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The tables that are scanned from now on."""
+    scan, found = tables_lib.scan, []
+    note = lambda source, kind, n: found.append(kind.name) or scan(source, kind, n)  # noqa: E731
+    monkeypatch.setattr(tables_lib, "scan", note)
+    return found
+
+
+def test_another_file_of_captions_scans_no_size_again(root, scanned):
+    first = open_captioned(root, "c.csv", FILES["c.csv"])
+    other = open_captioned(root, "other.csv", "file,caption\n0.png,a card\n")
+    plain = sources.folder(str(root), labels=False)
+    for source in (first, other, first, plain, other):
+        np.testing.assert_array_equal(size_table(source), [(5, 7), (9, 4), (3, 3)])
+    assert scanned == ["sizes"]
+    os.utime(root / "0.png", (1, 1))
+    size_table(other)
+    assert scanned == ["sizes"] * 2
+
+
+def test_lengths_of_captions_are_of_the_captions_and_the_tokenizer(root, scanned):
+    first = open_captioned(root, "c.csv", FILES["c.csv"])
+    other = open_captioned(root, "other.csv", "file,caption\n0.png,a card\n")
+    tokenizer, short = open_tokenizer(), open_tokenizer(length=3)
+    expected = [np.array(caption_lengths(s, tokenizer)) for s in (first, other)]
+    # Neither the pictures nor what else is counted in between make a difference.
+    for name in NAMES:
+        (root / name).write_bytes(b"")
+    assert caption_lengths(first, short).max() == 3
+    for i in (0, 1, 0):
+        found = caption_lengths((first, other)[i], tokenizer)
+        np.testing.assert_array_equal(found, expected[i])
+    assert scanned == ["captions"] * 3
+    changed = open_captioned(root, "c.csv", FILES["c.csv"].replace("an owl", "cat"))
+    found = caption_lengths(changed, tokenizer)[2, 0]
+    assert found == len(tokenizer.encode("cat")) != expected[0][2, 0]
+    assert scanned == ["captions"] * 4
 
 
 def test_the_captions_of_a_folder_are_scanned_for_their_lengths(root):

@@ -512,6 +512,7 @@ def test_nor_does_a_step_that_is_compiled_for_a_tpu(accumulate):
     environment = {
         **os.environ, "XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }  # fmt: skip
     command = [sys.executable, "-c", FOR_TPU, str(accumulate)]

@@ -232,8 +232,8 @@ def test_the_fingerprint_tells_plans_apart():
         ({"slots": 0}, ConfigError, "data.slots=0 must be >= 1"),
         ({"flip": 2}, ConfigError, "data.flip=2"),
         ({"packer": "bestfit"}, ConfigError, "did you mean 'best_fit'"),
-        ({"max_side": 7}, ConfigError, "8 patches a side, but positions.length=7"),
-        ({"tokens": 31}, ConfigError, "keeps 32 tokens, but data.tokens=31"),
+        ({"max_side": 7}, ConfigError, "positions.length=7: 112 px, 49 patches"),
+        ({"tokens": 31}, ConfigError, "keeps 32 tokens, but a row has tokens=31"),
         (
             {"token_drop": token_drop.NoDrop(), "tokens": 63},
             ConfigError,

@@ -178,7 +178,12 @@ def test_few_shot_leaves_out_pictures_that_can_not_be_used(workdir):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sides": [513.0 + 16]}, "patches a side, but positions.length=32"),
+        (
+            {"sides": [32, 513.0 + 16]},
+            r"^--sides=529.0 reaches 529 px, 33 patches a side, but positions.length=32"
+            ": 512 px, 1024 patches, are the most",
+        ),
+        ({"budgets": [1100]}, r"^--budgets=1100 reaches 528 px, 33 patches a side"),
         ({"shots": [10_000]}, "--shots=10000: class . has"),
         ({"upscale": [False, False]}, "two sets .* as 'validation_no_upscale': rename"),
     ],

@@ -141,6 +141,8 @@ def test_rows_grow_at_native_size_until_the_longest_picture_fits():
     images = plans(tokens=64)["native"].plan_window(0, 0).images
     assert images.shrunk.sum() == (lengths > 64).sum() > 0
     short = tiny.config(model__positions={"name": "factorized", "length": 8})
+    with pytest.raises(ConfigError, match=r"^config.evals.v.sides=144 reaches 144 px"):
+        plans(short, sides=(32, 144))
     short = plans(short, sides=("native",))["native"]
     assert short.tokens == 64
     images = short.plan_window(0, 0).images

@@ -1,5 +1,6 @@
 """The script that waits for a GPU, as far as any backend can show it."""
 
+import functools
 import importlib
 import os
 import re
@@ -36,9 +37,8 @@ def tables(out):
 def test_the_gpu_script_compares_and_times_everything_on_any_backend(gpu):
     quick = {
         "PYTHON": sys.executable,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(tiny.ROOT / ".cache" / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0"
+        " --xla_cpu_parallel_codegen_split_count=1",
     }
     out = subprocess.run(
         ["bash", "benchmarks/gpu.sh", "--tiny"],
@@ -78,8 +78,10 @@ def test_the_gpu_script_compares_and_times_everything_on_any_backend(gpu):
     number = lambda cell: float(cell.replace(",", "").rstrip("%"))  # noqa: E731
     for line in others:
         ms, images, tokens, mfu, held, share = map(number, (*line[2:7], line[8]))
-        assert images * ms == pytest.approx(1e3 * (lengths > 0).sum(), rel=0.02)
-        assert tokens * ms == pytest.approx(1e3 * lengths.sum(), rel=0.02)
+        # Rates are printed as whole numbers, which are small on a busy machine.
+        near = functools.partial(pytest.approx, rel=0.02, abs=0.51 * ms)
+        assert images * ms == near(1e3 * (lengths > 0).sum())
+        assert tokens * ms == near(1e3 * lengths.sum())
         expected = useful * tokens / lengths.sum() / peak
         assert mfu / 100 == pytest.approx(expected, rel=0.02, abs=1e-4)
         assert 0 < held < 1

@@ -15,10 +15,12 @@ import oracle
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from etils import epath
 from PIL import Image
 
 import navit_jax
-from navit_jax import experiment, sharding, train
+from navit_jax import experiment, predict, sharding, train
+from navit_jax.errors import ConfigError
 
 SIZES = [(32, 64), (48, 48), (64, 32), (16, 80), (33, 70), (90, 20), (5, 5), (64, 64)]
 
@@ -405,6 +407,28 @@ def test_the_command_writes_before_it_loads_the_model(
     assert done.returncode == 2
     assert f"--output={output} can not be written: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_midway_is_named_and_keeps_the_lines_before(
+    tmp_path, full_at
+):
+    path = epath.Path(tmp_path / "out.csv")
+    lines = [[f"{i:02}.png", "x" * 30] for i in range(40)]
+
+    def write(limit):
+        with predict.open_table(path, ["file", "text"]) as add:
+            add(lines[:10])
+            full_at(limit)
+            add(lines[10:])
+
+    write(-1)
+    whole = path.read_text()
+    assert whole.splitlines() == ["file,text", *map(",".join, lines)]
+    with pytest.raises(ConfigError, match=r"csv can not be written: .*File too large"):
+        write(600)
+    full_at(-1)
+    assert path.read_text() == whole[: len(path.read_text())]
+    assert len(path.read_text().splitlines()) > 10
 
 
 @pytest.mark.parametrize(

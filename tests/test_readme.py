@@ -1,4 +1,3 @@
-import os
 import re
 import subprocess
 import sys
@@ -6,7 +5,6 @@ import sys
 import jax
 import numpy as np
 import tiny
-from conftest import CACHE
 from etils import epath
 from packed import image, pack
 from PIL import Image
@@ -37,7 +35,6 @@ def test_the_command_of_the_readme_trains_on_a_folder_and_judges_on_a_part(tmp_p
     done = subprocess.run(
         [sys.executable, *words, *(f"--config.{change}" for change in small)],
         cwd=tiny.ROOT, capture_output=True, text=True,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     workdir = epath.Path(tmp_path) / "run"

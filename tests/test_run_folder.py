@@ -52,6 +52,21 @@ def test_a_vocabulary_may_move_and_its_length_may_not(tmp_path):
         run_folder.store_config(workdir, longer, False)
 
 
+def test_a_config_is_refused_for_what_may_not_change_alone(tmp_path, caplog):
+    workdir = epath.Path(tmp_path)
+    (workdir / "metrics.jsonl").write_text("")
+    config = {"seed": 1, "evals": {"v": {"sides": [64]}}, "data": {"rows": 8}}
+    run_folder.store_config(workdir, config, False)
+    changed = {"seed": 2, "evals": {"v": {"sides": [32]}}, "data": {"rows": 8}}
+    with pytest.raises(ConfigError) as refused:
+        run_folder.store_config(workdir, changed, False)
+    assert "\n  seed: 1 -> 2\n" in str(refused.value)
+    assert "evals" not in str(refused.value)
+    with caplog.at_level("WARNING", logger="absl"):
+        run_folder.store_config(workdir, changed, True)
+    assert "evals.v.sides: [64] -> [32]\n  seed: 1 -> 2" in caplog.text
+
+
 def test_a_stored_config_keeps_its_order_for_what_reads_the_first_of_a_section(
     tmp_path,
 ):

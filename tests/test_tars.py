@@ -301,7 +301,9 @@ def test_a_file_that_is_no_tar_is_counted_and_the_others_read(tmp_path):
     records, skipped, _ = convert([bad, empty, good], tmp_path / "out")
     assert list(records) == ["good.tar/a"]
     assert skipped == [("bad.tar", "not_tar"), ("empty.tar", "not_tar")]
-    with pytest.raises(DataError, match=r"no picture of 1 tars .*'bad.tar', 'not_tar'"):
+    with pytest.raises(
+        DataError, match=r"no picture of 1 tar can .*'bad.tar', 'not_tar'"
+    ):
         tars.convert([bad], tmp_path / "none")
 
 

@@ -11,6 +11,7 @@ from absl import logging
 from jaxtyping import Float64, Int64, Integer, UInt16
 
 from navit_jax.data import tables
+from navit_jax.data.folders import Captions, Folder
 from navit_jax.data.padded import Padded
 from navit_jax.data.records import Record, Selection, StoredSource
 from navit_jax.data.tokenizer import Tokenizer
@@ -46,12 +47,13 @@ def caption_lengths(
             )
         return [len(tokenizer.encode(caption)) for caption in record.captions]
 
-    # Sources that read captions by name tell it; of others the fingerprint tells all.
+    # Sources that take captions by name, or from a file, tell which.
     feature = getattr(source, "caption", "")
     lacking = "pictures have no caption of use"
     keys = (feature, tokenizer.fingerprint)
     kind = tables.Kind("captions", measure, lacking, VERSION, 1, keys)
-    found = None if feature is None else tables.table(source, kind, threads)
+    stored = Captions(source) if isinstance(source, Folder) else source
+    found = None if feature is None else tables.table(stored, kind, threads)
     if found is None or not found.any():
         raise ConfigError(
             f"source {source.name} has no caption of use: name the feature that holds "

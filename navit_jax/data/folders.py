@@ -29,6 +29,7 @@ class Folder:
       class_names: The first-level folders, sorted; () when unlabelled.
       ignored: How many files were left out, by extension.
       captions: Of each file, if there is a file of captions.
+      caption: That file.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Folder:
     class_names: tuple[str, ...]
     ignored: dict[str, int]
     captions: tuple[tuple[str, ...], ...] | None = None
+    caption: str | None = None
 
     @functools.cached_property
     def _class_of(self) -> dict[str, int]:
@@ -47,6 +49,10 @@ class Folder:
         files = [(f, *_size_and_time(self.folder, f)) for f in self.files]
         return digest([*files, *(self.captions or ())])
 
+    def pictures(self) -> "Folder":
+        """It without captions, whose fingerprint is that of the pictures alone."""
+        return dataclasses.replace(self, captions=None, caption=None)
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -54,9 +60,46 @@ class Folder:
         file = self.files[index]
         image = pathlib.Path(self.folder, file).read_bytes()
         labels = (self._class_of[file.split(os.sep)[0]],) if self.class_names else ()
-        # A name need not be UTF-8; a key is written to JSON.
-        key = os.fsencode(file).decode("utf-8", "backslashreplace")
-        return Record(key, image, labels, self.captions[index] if self.captions else ())
+        captions = self.captions[index] if self.captions else ()
+        return Record(_key(file), image, labels, captions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """The captions of a folder by themselves: no picture is read, or has to be there.
+
+    Attributes:
+      of: With captions.
+    """
+
+    of: Folder
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the folder, and so is what follows."""
+        return self.of.name
+
+    @property
+    def folder(self) -> str:
+        """Where tables are kept."""
+        return self.of.folder
+
+    def fingerprint(self) -> str:
+        """Of the captions by name of picture."""
+        return digest(zip(self.of.files, self.of.captions or (), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, index: int) -> Record:
+        assert self.of.captions
+        return Record(_key(self.of.files[index]), b"", (), self.of.captions[index])
+
+
+def _key(file: str) -> str:
+    """A name need not be UTF-8; a key is written to JSON."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def _size_and_time(folder: str, file: str) -> tuple[int, int]:
@@ -138,7 +181,7 @@ def _caption(found: Folder, root: str, path: str) -> Folder:
             "%s: %d pictures have no caption in %s; it names %d that are not there%s",
             found.name, lacking, path, len(gone), f", as {min(gone)!r}" if gone else "",
         )  # fmt: skip
-    return dataclasses.replace(found, captions=given)
+    return dataclasses.replace(found, captions=given, caption=os.path.abspath(path))
 
 
 def _is_picture(root: str, file: str) -> bool:

@@ -19,7 +19,7 @@ from navit_jax.data import token_drop as token_drops
 from navit_jax.data.captions import draw_captions
 from navit_jax.data.mixture import Mixture, repeat
 from navit_jax.data.window import PlannedRow, PlannedWindow, summarize
-from navit_jax.errors import ConfigError, DataError
+from navit_jax.errors import ConfigError, DataError, TooLarge
 
 # Goes up when the same arguments plan other rows: a checkpoint of before is refused.
 PLAN_VERSION = 1
@@ -126,15 +126,15 @@ class Plan:
         rate = self._rates(np.full(2, 0.5), grid.prod(1), seen)
         kept = int(resolutions.kept_tokens(grid, rate).max())
         if self.max_side is not None and grid.max() > self.max_side:
-            raise ConfigError(
-                f"data.resolution reaches {side:g} px, {grid.max()} patches a side, "
-                f"but positions.length={self.max_side}: raise it, or lower resolution"
+            raise TooLarge(
+                f"reaches {side:g} px, {grid.max()} patches a side, but "
+                f"positions.length={self.max_side}: {self.max_side * self.patch} px, "
+                f"{self.max_side**2} patches, are the most; raise it, or lower this"
             )
         if kept > self.tokens:
-            raise ConfigError(
-                f"data.resolution reaches {side:g} px, where a square image keeps "
-                f"{kept} tokens, but data.tokens={self.tokens}: raise it, or lower "
-                "resolution"
+            raise TooLarge(
+                f"reaches {side:g} px, where a square image keeps {kept} tokens, but "
+                f"a row has tokens={self.tokens}: raise it, or lower this"
             )
 
     @functools.cached_property

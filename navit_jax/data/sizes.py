@@ -11,6 +11,7 @@ from jaxtyping import UInt16
 
 from navit_jax.data import images, tables
 from navit_jax.data.composites import Composites
+from navit_jax.data.folders import Folder
 from navit_jax.data.padded import Padded
 from navit_jax.data.records import Record, Selection, Source, StoredSource
 
@@ -35,6 +36,8 @@ def size_table(
         return source.sizes
     if isinstance(source, Selection):
         return size_table(source.whole, threads, read_size)[source.indices]
+    if isinstance(source, Folder):
+        source = source.pictures()
     return tables.table(source, _kind(read_size), threads)
 
 

@@ -113,9 +113,8 @@ def convert(
         "lines": lines,
     }
     ends = list(itertools.accumulate(stat.st_size for stat in stats))
-    with tqdm.tqdm(
-        total=ends[-1], desc=f"{len(tars)} tars", unit="B", unit_scale=True
-    ) as bar:
+    desc = f"{len(tars)} tar{'s' * (len(tars) != 1)}"
+    with tqdm.tqdm(total=ends[-1], desc=desc, unit="B", unit_scale=True) as bar:
         shards = [
             functools.partial(read_entries, path, json_key, lines, bar.update)
             for path in tars
