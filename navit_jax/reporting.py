@@ -78,7 +78,7 @@ def _write_scalars(events: Any, step: int, values: Mapping[str, Any]) -> None:
     from tensorboardX import summary
 
     for name, value in values.items():
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and math.isfinite(value):
             _write_event(events, step=step, summary=summary.scalar(name, value))
     events.flush()
 

@@ -6,7 +6,7 @@ M texts or images, B rows, N slots, C classes, E embedding width.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,12 +73,12 @@ class TextEmbedder:
         Raises:
           ValueError: `texts` is no list of texts, or the tokenizer leaves one out.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"texts={texts[:100]!r}: give a list of texts")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise ValueError(f"texts={str(texts)[:100]!r}: give a list of texts")
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"texts[{place}]={str(text)[:100]} is a {type(text).__name__}: "
+                    f"texts[{place}]={str(text)[:100]}, {type(text).__name__}: "
                     "give a list of texts, as ['a dog']"
                 )
         found, known = self.embed(params, texts)

@@ -16,6 +16,8 @@ CONFIGS = [
     ("configs/ablations/resolution.py",),
     ("configs/ablations/resolution.py", "square"),
     ("configs/ablations/resolution.py", "64"),
+    ("configs/bootstrap_smoke.py", "long"),
+    ("configs/bootstrap_smoke.py", "plain"),
     ("configs/folder.py", "/pictures"),
     ("configs/vit_baseline.py", "full"),
     ("configs/navit_classification.py", "variant=L/14,res=56:224"),

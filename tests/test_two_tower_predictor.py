@@ -170,8 +170,9 @@ def test_zero_shot_is_what_the_loss_makes_of_scale_times_cosine(model, pictures,
     "texts, message",
     [
         ("a dog", "texts='a dog': give a list"),
-        (["a dog", 3], re.escape("texts[1]=3 is a int: give a list of texts")),
-        ([None], re.escape("texts[0]=None is a NoneType: give a list of texts")),
+        (["a dog", 3], re.escape("texts[1]=3, int: give a list of texts")),
+        ([None], re.escape("texts[0]=None, NoneType: give a list of texts")),
+        (None, "texts=.None.: give a list of texts"),
         (["a dog", " \t"], re.escape(r"texts[1]=' \t' can not be used")),
     ],
 )

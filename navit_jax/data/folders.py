@@ -181,7 +181,8 @@ def _caption(found: Folder, root: str, path: str) -> Folder:
             "%s: %d pictures have no caption in %s; it names %d that are not there%s",
             found.name, lacking, path, len(gone), f", as {min(gone)!r}" if gone else "",
         )  # fmt: skip
-    return dataclasses.replace(found, captions=given, caption=os.path.abspath(path))
+    where = os.path.abspath(os.path.expanduser(path))
+    return dataclasses.replace(found, captions=given, caption=where)
 
 
 def _is_picture(root: str, file: str) -> bool:
