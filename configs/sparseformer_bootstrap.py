@@ -4,8 +4,11 @@ A user must have ImageNet prepared by TFDS (docs/data.md; pictures alone are use
 the teacher's weights (docs/weights.md), as the argument `weights`:
   augreg_b  AugReg ViT-B/16 at 224, npz or safetensors
   augreg_l  AugReg ViT-L/16 at 384
-  clip_b    OpenAI CLIP ViT-B/16, safetensors
+  clip_b    OpenAI CLIP ViT-B/16, safetensors, both towers
   clip_l    OpenAI CLIP ViT-L/14
+            With tokenizer=FILE, CLIP's tokenizer.json, and names=FILE, what the 1000
+            classes are called, one a line in their order, the student is judged by
+            what the teacher's own text tower says of these names (zero-shot top-1).
   vit_s14   fetched: python -m navit_jax.weights.fetch vit_s14
 Command: python -m navit_jax.train --workdir=RUN \\
     --config=configs/sparseformer_bootstrap.py:teacher=augreg_l,weights=FILE
@@ -22,6 +25,8 @@ class token's start (the teacher's); CLIP is aligned after the projection, the o
 before the head.
 """
 
+import pathlib
+
 import ml_collections
 
 IMAGES, BATCH = 1_281_167, 1024
@@ -34,8 +39,8 @@ OPENAI = {"pixels": CLIP, "activation": "quick_gelu", "eps": 1e-5, "clip": True}
 TEACHERS = {
     "augreg_b": ("B/16", 224, 4, AUGREG),
     "augreg_l": ("L/16", 384, 8, AUGREG),
-    "clip_b": ("B/16", 224, 4, {**OPENAI, "head": 512}),
-    "clip_l": ("L/14", 224, 8, {**OPENAI, "head": 768}),
+    "clip_b": ("B/16", 224, 4, {**OPENAI, "head": 512, "text": "M"}),
+    "clip_l": ("L/14", 224, 8, {**OPENAI, "head": 768, "text": "B"}),
     "vit_s14": ("S/14", 224, 4, {"pixels": IMAGENET, "activation": "gelu", "side": 37}),
 }
 
@@ -69,15 +74,49 @@ def describe_teacher(name: str):
     }
 
 
+def add_texts(config, size: str, tokenizer: str, names: str):
+    """Judges by the texts of the teacher, which no step reads or changes."""
+    config.data["text"] = {
+        "vocabulary": tokenizer,
+        "length": 77,
+        "tokens": 4 * 77,
+        "captions": False,
+    }
+    config.model["init"]["rules"] += [(r"((?:text|text_head)/.*|log_scale)", r"\1")]
+    config.task["text"] = {
+        "size": size,
+        "pooling": "last",
+        "causal": True,
+        "bias_qkv": True,
+        "bias_ln": True,
+        "qk_norm": False,
+        "activation": "quick_gelu",
+        "eps": 1e-5,
+    }
+    labelled = {"name": "tfds", "dataset": "imagenet2012", "split": "validation"}
+    config.evals["zero_shot"] = {
+        "name": "zero_shot",
+        "sources": {"imagenet": labelled},
+        "sides": config.evals["validation"]["sides"],
+        "templates": ("a photo of a {}.",),
+    }
+    if names:
+        lines = pathlib.Path(names).read_text().splitlines()
+        config.evals["zero_shot"]["names"] = tuple(lines)
+
+
 def get_config(arg: str = ""):
     asked = dict(part.split("=", 1) for part in arg.split(",") if part)
     name = asked.pop("teacher", "vit_s14")
     weights = asked.pop("weights", "vit_s14" if name == "vit_s14" else "")
+    tokenizer, names = asked.pop("tokenizer", ""), asked.pop("names", "")
     if asked or name not in TEACHERS:
         raise ValueError(
-            f"unknown {sorted(asked) or name!r}; known: weights=FILE, teacher= one of "
-            f"{', '.join(TEACHERS)}"
+            f"unknown {sorted(asked) or name!r}; known: weights=FILE, tokenizer=FILE, "
+            f"names=FILE, teacher= one of {', '.join(TEACHERS)}"
         )
+    if (tokenizer or names) and not (tokenizer and name.startswith("clip")):
+        raise ValueError(f"tokenizer=, and with it names=, is for clip_*, not {name}")
     size, side, first, given = TEACHERS[name]
     patch, head = int(size.split("/")[1]), given.get("head", 0)
 
@@ -151,5 +190,7 @@ def get_config(arg: str = ""):
     if has_classes:
         # Top-1 under the teacher's own head, which no label has trained here.
         config.evals["head"] = {"sources": validation, "sides": (side,)}
+    if tokenizer:
+        add_texts(config, given["text"], tokenizer, names)
     config.lock()
     return config

@@ -22,6 +22,7 @@ from navit_jax.data.quality import SHRUNK, Named
 from navit_jax.errors import ConfigError, DataError
 from navit_jax.judges import Metrics, Retrieval, ZeroShot
 from navit_jax.judging import Asked, Judge, Texts
+from navit_jax.mean_iou import MeanIou
 from navit_jax.tasks import Task
 
 Params = Mapping[str, Any]
@@ -47,8 +48,8 @@ class Evaluator:
         """Opens the sources of `config.evals` and plans every (set, resolution).
 
         Args:
-          class_names: Of training; sets that are judged by the task's own metrics must
-            have the same ones.
+          class_names: Of training; sets that are judged by the task's own metrics, or
+            by classes of pixels, must have the same ones.
           asked: As of `experiment.build_eval_streams`.
 
         Raises:
@@ -68,7 +69,7 @@ class Evaluator:
                 self.streams[f"{name}_{label}"] = stream
                 self.set_of[f"{name}_{label}"] = name
                 judge, source = self.judges[name], stream.loader.sources[0]
-                if isinstance(judge, Metrics):
+                if isinstance(judge, Metrics | MeanIou):
                     data.check_classes(source, class_names)
                 if isinstance(judge, ZeroShot):
                     judge.ask(source)  # Raises now, not at the first evaluation.

@@ -60,7 +60,7 @@ READERS: dict[str, tuple[Sequence[Any], Sequence[str], Sequence[str]]] = {
     "data": ([data.open_stream], ["seed", "patch", "max_side", "training"], []),
     "data.crop": ([crop.LAWS], [], []),
     "data.resolution": ([resolution.LAWS], [], []),
-    "data.text": ([tokenizer.open_tokenizer], [], ["tokens"]),
+    "data.text": ([tokenizer.open_tokenizer], [], ["tokens", "captions"]),
     "data.token_drop": ([token_drop.LAWS], [], []),
     "data.token_drop.schedule": ([token_drop.Schedule], [], []),
     "*.sources.*": ([SOURCES], [], ["weight"]),
@@ -169,7 +169,7 @@ def build_task(config: Mapping[str, Any], num_classes: int) -> Task:
                 "of config.data.sources have none"
             )
         given["num_classes"] = num_classes
-    if "vocab_size" in wanted:
+    if "vocab_size" in wanted and section.get("text") is not None:
         _, opened = open_text(config)
         given |= {"vocab_size": opened.vocab_size, "text_length": opened.length}
     task = config_lib.build(section, TASKS, "task", **given)

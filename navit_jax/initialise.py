@@ -118,7 +118,8 @@ def from_run(
       params: As of `load_params`, on a mesh.
       workdir: The folder of the other run.
       weights: Instead, a file as of `weights.read`, or a name that `weights.fetch`
-        knows; its parameters are `encoder/` and `head/` or `image_head/`.
+        knows; its parameters are `encoder/`, `head/` or `image_head/`, and of CLIP's
+        texts `text/`, `text_head/`, `log_scale`, unused where there is no `text/`.
       step, subtree: As of `checkpoint.restore_params`, of a run.
       rules, resample, allow_unused: As of `load_params`.
 
@@ -129,11 +130,13 @@ def from_run(
         raise ConfigError("config.model.init: give workdir or weights, one of them")
     if weights:
         # Not above: that package reports by this module.
-        from navit_jax.weights import fetch, read
+        from navit_jax.weights import fetch, read, texts
 
-        found = read(fetch.find(weights))
+        found, spare = read(fetch.find(weights)), []
+        if "text" not in params:
+            spare = [rf"{root}(/.*)?" for root in texts.ROOTS]
         filled, origins = load_params(
-            params, found.params, rules, resample, allow_unused
+            params, found.params, rules, resample, [*allow_unused, *spare]
         )
         logging.info(
             "from %s, whose config.model is %s:\n%s",

@@ -17,7 +17,7 @@ from navit_jax.errors import ConfigError
 from navit_jax.metrics import Mean
 from navit_jax.models import MODELS, patch_size
 from navit_jax.tasks import Classification, Task
-from navit_jax.weights import fetch
+from navit_jax.weights import fetch, texts
 from navit_jax.weights.files import READERS
 
 # Pictures of the default size in a row.
@@ -125,5 +125,6 @@ def open_weights(name: str, **replace: Any) -> predictor.Predictor:
         task = Classification(encoder, num_classes, "softmax")
     mesh = sharding.make_mesh(devices=jax.local_devices())
     everywhere = NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(found.params, everywhere)
+    images = {k: v for k, v in found.params.items() if k not in texts.ROOTS}
+    params = jax.device_put(images, everywhere)
     return predictor.Predictor(config, class_names, task, params, 0, mesh)

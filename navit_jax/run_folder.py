@@ -60,7 +60,8 @@ def check_writable(folder: epath.Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test_{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        # Another host may be here too, under the same number.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{name} can not be written: {error}") from error
 
@@ -75,14 +76,17 @@ def store_config(
         may not differ.
     """
     path = workdir / "config.json"
-    # A run that ended before its first record, as of a wrong path, binds to nothing.
-    begun = any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    if path.exists() and begun:
+    if path.exists() and has_begun(workdir):
         _check_same(path, config, allow_config_change)
     if jax.process_index() == 0:
         # In the config's own order: the first source is the first for whoever reads it.
         store(path, json.dumps(config, indent=2))
         store(workdir / "environment.json", json.dumps(environment(), indent=2))
+
+
+def has_begun(workdir: epath.Path) -> bool:
+    """Whether there is a record; a run that ended before binds to nothing."""
+    return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
@@ -104,7 +108,8 @@ def store_class_names(workdir: epath.Path, class_names: Sequence[str]) -> None:
       ConfigError: the run has begun with other classes.
     """
     path, names = workdir / "classes.json", list(class_names)
-    if path.exists() and (old := read_class_names(workdir)) != names:
+    bound = path.exists() and has_begun(workdir)
+    if bound and (old := read_class_names(workdir)) != names:
         changed = [
             f"{a!r} -> {b!r}" for a, b in zip(old, names, strict=False) if a != b
         ]
@@ -143,7 +148,8 @@ def store_vocabulary(workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         return
     path, contents = workdir / VOCABULARY, tokenizer.vocabulary.contents
-    if path.exists() and path.read_bytes() != contents:
+    bound = path.exists() and has_begun(workdir)
+    if bound and path.read_bytes() != contents:
         raise ConfigError(
             f"config.data.text.vocabulary is another one than {path}, with which the "
             "run has begun; restore it, or use another --workdir"

@@ -124,7 +124,7 @@ def open_embedder(config: Mapping[str, Any], task: Any, mesh: Mesh) -> TextEmbed
     if not hasattr(task, "embed_text"):
         raise ConfigError(
             f"the task {config['task']['name']!r} of this run has no text tower; "
-            "texts need one of name 'contrastive'"
+            "texts need one of name 'contrastive', or 'bootstrapping' with task.text"
         )
     tokens, tokenizer = experiment.open_text(config)
     return TextEmbedder(task, tokenizer, tokens, config["data"]["slots"], mesh)

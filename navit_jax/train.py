@@ -123,7 +123,8 @@ class Run:
         self.rows = sharding.local_rows(mesh, self.stream.plan.rows)
         class_names = self.stream.class_names
         run_folder.store_class_names(workdir, class_names)
-        run_folder.store_vocabulary(workdir, self.stream.tokenizer)
+        texts = experiment.open_text(config)[1] if config["data"].get("text") else None
+        run_folder.store_vocabulary(workdir, texts)
         self.evaluator = evaluator.Evaluator(config, self.task, mesh, class_names)
         self.evaluator.check_name(config.get("checkpoint", {}).get("best", ""))
         self.progress = self._progress(program, meta)

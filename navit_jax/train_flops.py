@@ -27,7 +27,8 @@ def flops_counter(
     patch = models.patch_size(config["model"]["size"])
     # Of a subtree of the parameters: the module, values of an input, what counts.
     towers = {"encoder": (experiment.build_encoder(config), 3 * patch**2, IMAGES)}
-    if text := config["task"].get("text"):
+    # A teacher's texts are read when a student is judged, not in a step.
+    if "teacher" not in config["task"] and (text := config["task"].get("text")):
         given = {"vocab_size": 0, "length": 0}  # it looks its inputs up
         tower = config_lib.call(models.TextTower, text, "task.text", **given)
         towers["text"] = tower, 0, TEXTS

@@ -1,5 +1,7 @@
 """How near a student is to its teacher, against constants and plain loops."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +157,18 @@ def test_the_number_of_tokens_changes_at_inference_with_the_same_weights(begun):
     np.testing.assert_array_equal(found[0], found[4])
     assert np.isfinite(found[9]).all()
     assert not np.allclose(found[9], found[4], atol=1e-3)
+
+
+def test_more_tokens_than_a_row_had_room_for_in_training_get_room():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    config = bootstrapped(latents=24, allot="budget", counts=[4, 2])
+    task = experiment.build_task(config, 8)
+    model = predictor.Predictor(config, (), task, {}, 0, mesh)
+    own = dial.set_latents(model, 64)
+    assert experiment.build_encoder(own.config) == own.task.encoder
+    encoder = own.task.encoder
+    assert (encoder.latents, encoder.counts, encoder.allot) == (None, (64,), "fixed")
+    json.dumps(own.config["model"])
 
 
 def test_a_number_of_tokens_that_there_can_not_be_is_refused(begun):

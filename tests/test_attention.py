@@ -50,7 +50,7 @@ def images(ids):
             yield row, np.flatnonzero(values == image)
 
 
-def oracle(q, k, v, gradient, ids):
+def oracle(q, k, v, gradient, ids, causal=False):
     """Output and gradients, by the formulas, of each image alone in float64."""
     q, k, v, gradient = (np.asarray(x, np.float64) for x in (q, k, v, gradient))
     out, to_q, to_k, to_v = (np.zeros(q.shape) for _ in range(4))
@@ -59,6 +59,8 @@ def oracle(q, k, v, gradient, ids):
         for head in range(q.shape[2]):
             at = row, tokens, head
             scores = q[at] @ k[at].T * scale
+            if causal:
+                scores[np.triu_indices(len(tokens), 1)] = -np.inf
             weights = np.exp(scores - scores.max(1, keepdims=True))
             weights /= weights.sum(1, keepdims=True)
             out[at] = weights @ v[at]
@@ -105,6 +107,20 @@ def test_every_token_attends_to_its_image_as_if_that_were_alone(implementation):
     assert_close(actual, oracle(*INPUTS, IDS))
     for x in actual:
         assert not np.asarray(x)[~REAL].any()
+
+
+def test_a_causal_token_attends_to_itself_and_what_is_before_it_in_its_image():
+    attend = with_gradients(lambda *args: packed_attention(*args, causal=True))
+    actual = attend(*INPUTS, IDS)
+    assert_close(actual, oracle(*INPUTS, IDS, causal=True))
+    for x in actual:
+        assert not np.asarray(x)[~REAL].any()
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "splash", "mha"])
+def test_what_is_not_causal_says_so(implementation):
+    with pytest.raises(ConfigError, match=f"'{implementation}' is not causal"):
+        packed_attention(*INPUTS[:3], IDS, implementation, causal=True)
 
 
 @pytest.mark.parametrize("block", [7, 64, 4096])

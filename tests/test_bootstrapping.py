@@ -18,14 +18,17 @@ from navit_jax import (
     sharding,
     teach,
     train_flops,
+    zero_shot,
 )
 from navit_jax.data import patches as patches_lib
 from navit_jax.data import sources, teacher_outputs
 from navit_jax.errors import ConfigError
+from navit_jax.evaluator import Evaluator
 from navit_jax.losses import alignment
 from navit_jax.models.layers import Block
+from navit_jax.models.pair import REPRESENTATIONS, represent
 from navit_jax.models.resized import resize
-from navit_jax.tasks.bootstrapping import REPRESENTATIONS, represent
+from navit_jax.predictor import Predictor
 
 TEACHER = {
     "name": "navit", "size": "Ti/16", "width": 32, "depth": 5, "num_heads": 2,
@@ -359,6 +362,97 @@ def test_the_targets_are_what_their_names_say():
         represent({"tokens": out["tokens"]}, "class", segment_ids, 2)
 
 
+TEXT = {
+    "size": "Ti", "width": 24, "depth": 1, "num_heads": 2, "mlp": 48,
+    "pooling": "last", "causal": True, "bias_qkv": True, "bias_ln": True,
+    "qk_norm": False, "activation": "quick_gelu", "eps": 1e-5,
+}  # fmt: skip
+
+
+def test_a_student_is_judged_by_the_texts_of_its_teacher_which_stay_to_the_bit():
+    """Against the cosines of each picture's vector and each prompt's alone."""
+    templates = ["{}", "a picture of {}"]
+    source = {"name": "clipart", "split": "test"}
+    kinds = {"name": "zero_shot", "sources": {"art": source}, "templates": templates}
+    changed = config(
+        model__depth=1,
+        data__text={"tokens": 40, "length": 12, "captions": False},
+        task__teacher={**TEACHER, "depth": 1},
+        task__inherit=[],
+        task__head_width=7,
+        task__align="head",
+        task__text=TEXT,
+        optim__freeze=[],
+        evals={"kinds": {**kinds, "sides": [32]}},
+    )
+    experiment.check_sections(changed)
+    stream, task, mesh = build(changed)
+    assert not any(name.startswith("text") for name in stream.example().targets)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        program = compile.Program(changed, task, stream.example(), mesh)
+        state = program.first_state()
+        rng = np.random.default_rng(0)
+        moved = {
+            name: jax.tree.map(
+                lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape), p.dtype),
+                state.params[name],
+            )
+            for name in ("head", "text", "text_head")
+        }
+        first = {**state.params, **moved}
+        batch, _ = next(stream.batches(np.arange(8)))
+        state, _ = program.step()(
+            state.replace(params=jax.tree.map(jnp.copy, first)),
+            sharding.place(batch, mesh),
+            jnp.zeros((8, 8), jnp.int32),
+        )
+        judging = Evaluator(changed, task, mesh, stream.class_names)
+        found = judging.run(state.params)
+        (judged,) = judging.streams.values()
+        images, index = [], []
+        outputs = jax.jit(task.outputs)
+        for batch, _ in judged.batches(np.arange(8)):
+            mask = np.asarray(batch.image_mask)
+            images.append(np.asarray(outputs(state.params, batch)["student"])[mask])
+            index.append(np.asarray(batch.image_ids)[mask][:, 1])
+    before, after = paths.flatten(first), paths.flatten(state.params)
+    for name, leaf in before.items():
+        same = np.array_equal(leaf, after[name])
+        assert same != name.startswith("encoder/"), name
+    student = sum(x.size for x in jax.tree.leaves(state.params["encoder"]))
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if np.ndim(x))
+    assert moments <= 2 * student
+
+    tokenizer = experiment.open_text(changed)[1]
+    opened = sources.clipart("test")
+    embed = jax.jit(lambda *row: task.embed_text(state.params, *row, num_slots=1))
+    classes = []
+    for name in map(zero_shot.call_class, opened.class_names):
+        prompts = []
+        for template in templates:
+            ids = tokenizer.encode(template.replace("{}", name))
+            row = np.zeros((1, 12), np.int32)
+            row[0, : len(ids)] = ids
+            real = (np.arange(12) < len(ids)).astype(np.int32)
+            with jax.default_matmul_precision("highest"):
+                prompts.append(embed(row, np.arange(12)[None, :, None], real[None]))
+        classes.append(np.concatenate(prompts)[:, 0].mean(0))
+    classes = np.stack(classes)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    nearest = (np.concatenate(images) @ classes.T).argmax(1)
+    labels = [opened[int(i)].labels for i in np.concatenate(index)]
+    hits = [c in own for c, own in zip(nearest, labels, strict=True)]
+    assert 0 < np.mean(hits) < 1
+    assert found["eval/kinds_32/accuracy"] == pytest.approx(np.mean(hits))
+    # The same asked as a user does, at the scale that CLIP ends with, 100.
+    model = Predictor(changed, [], task, state.params, 0, mesh)
+    pictures = [np.full((40, 50, 3), 90, np.uint8), np.zeros((32, 32, 3), np.uint8)]
+    cosines = model.embed(pictures) @ model.embed_text(["cat", "dog"]).T
+    odds = np.exp(100 * (cosines[:, :1] - cosines[:, 1:]))[:, 0]
+    asked = model.zero_shot(pictures, ["cat", "dog"])
+    np.testing.assert_allclose(asked[:, 0], odds / (1 + odds), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -367,12 +461,13 @@ def test_the_targets_are_what_their_names_say():
         ({"align": "after"}, "'head'"),
         ({"align": "head"}, "head_width"),
         ({"loss_name": "kl", "head_width": 3}, "align='head'"),
+        ({"text": {}, "head_width": 3}, "config.task.text: .*align='head'"),
         ({"teacher_side": 40}, "multiple of the teacher's patch, 16"),
         ({"teacher": {**TEACHER, "size": "Ti/14"}}, "patches of 14"),
     ],
 )
 def test_what_can_not_work_is_refused(changes, message):
-    changed = config()
+    changed = config(data__text={"tokens": 24, "captions": False})
     changed["task"] = {**changed["task"], **changes}
     with pytest.raises(ConfigError, match=message):
         experiment.build_task(changed, 8)

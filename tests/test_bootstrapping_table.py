@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from packed import image, pack
 from test_agreement import bootstrapped
 
 from navit_jax import experiment, train
+from navit_jax.data.records import Record
+from navit_jax.errors import ConfigError
+from navit_jax.judges import read_all
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -64,9 +68,57 @@ def test_neighbours_vote_by_cosine_and_any_label_is_right(
     probe.classes = np.array([0, 0, 1, 1])
     probe.places, probe.labels = np.array([0, 2]), [(1,), (0, 1)]
     train = np.array([[1, 0.1], [1, -0.1], [1, 0], [0.1, 1], [-0.1, 1]])
-    judged = 7.0 * np.array([[1, 0], [0, 0], [1, 0.2]])
+    # By length the others would be nearer.
+    train[[0, 1]] *= 0.01
+    judged = 7.0 * np.array([[1, 0.2], [0, 0], [1, 0.2]])
     assert probe.find_neighbours(train, judged).tolist() == [0, 1]
+    train[[0, 1]] *= 100
     assert probe.fit(train, judged).tolist() == [0, 1]
+
+
+def test_probes_learn_of_single_labels_and_judge_what_has_any(
+    benchmark_module, monkeypatch
+):
+    class Listed(list):
+        name, class_names = "listed", ()
+
+    labelled = benchmark_module("labelled")
+    records = [Record(str(i), b"", own) for i, own in enumerate([(3,), (), (1, 2)])]
+    parts = {"train": Listed([*records, Record("3", b"", (1,))])}
+    monkeypatch.setattr(labelled, "read", lambda section: parts[section["split"]])
+    labels = [record.labels for record in records[::-1]]
+    judged = labelled.Judged({}, np.array([4, 5, 6]), labels, {"split": "train"})
+    probe = labelled.Probe(judged)
+    assert probe.single.tolist() == [True, False, False, True]
+    assert probe.classes.tolist() == [3, 1]
+    assert (probe.labels, probe.groups.tolist()) == ([(1, 2), (3,)], [4, 6])
+    assert probe.places.tolist() == [0, 2]
+
+
+def test_labels_of_a_split_stand_beside_all_of_its_pictures(benchmark_module):
+    labelled = benchmark_module("labelled")
+    judged = labelled.open_clipart("validation", False, True)
+    whole = labelled.read(judged.section)
+    known = {r.key: r.labels for r in read_all(labelled.read(judged.train))}
+    assert len(judged.labels) == len(judged.groups) == len(whole) > len(known) > 0
+    for record, own in zip(read_all(whole), judged.labels, strict=True):
+        assert own == known.get(record.key, ())
+
+
+def test_runs_are_compared_where_they_learn_the_same_of_one_teacher(benchmark_module):
+    cases = benchmark_module("bootstrapping_cases")
+
+    def run(**about):
+        task = types.SimpleNamespace(about=lambda: about)
+        return types.SimpleNamespace(task=task)
+
+    cases.check_teachers(
+        run(teacher="a", teacher_side=224), run(teacher="a", teacher_side=0)
+    )
+    with pytest.raises(ConfigError, match=r"its run learns .*'b'.*, the other .*'a'"):
+        cases.check_teachers(
+            run(teacher="a", teacher_side=224), run(teacher="b", teacher_side=224)
+        )
 
 
 @pytest.mark.slow

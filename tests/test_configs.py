@@ -5,6 +5,7 @@ import tiny
 
 from navit_jax import compile, experiment, sharding
 from navit_jax import config as config_lib
+from navit_jax.data.tokenizer import DEFAULT
 from navit_jax.errors import ConfigError
 
 CONFIGS = [
@@ -46,6 +47,28 @@ def test_every_config_describes_a_state_and_a_plan(call):
     assert float(program.schedule(config["steps"])) < config["optim"]["lr"]
     for name, section in config["evals"].items():
         assert list(experiment.build_eval_streams(config, section, name))
+
+
+def test_a_clip_teacher_brings_its_texts_where_a_tokenizer_is_given(tmp_path):
+    path, names = "configs/sparseformer_bootstrap.py", tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\nf\ng\nh\n")
+    given = f"teacher=clip_b,weights=FILE,tokenizer={DEFAULT},names={names}"
+    config = config_lib.resolve(tiny.load(path, given))
+    experiment.check_sections(config)
+    for section in [config["data"], *config["evals"].values()]:
+        clipart = {"name": "clipart", "split": "validation"}
+        section["sources"] = {"imagenet": clipart}
+    stream = experiment.build_stream(config)
+    task = experiment.build_task(config, stream.num_classes)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), stream.example())
+    assert {"encoder", "teacher", "head", "text", "text_head", "log_scale"} == {*shapes}
+    assert shapes["text"]["position_embedding"]["tables"].shape == (1, 77, 512)
+    assert shapes["text_head"]["kernel"].shape == (512, 512)
+    section = config["evals"]["zero_shot"]
+    assert len(section["names"]) == 8
+    assert list(experiment.build_eval_streams(config, section, "zero_shot"))
+    with pytest.raises(ValueError, match="is for clip_"):
+        tiny.load(path, f"teacher=augreg_b,tokenizer={DEFAULT}")
 
 
 def test_the_plain_vit_sees_one_square_image_a_row():

@@ -219,6 +219,15 @@ def test_names_of_classes_that_do_not_fit_are_refused_before_a_run():
         Evaluator(config, task, sharding.make_mesh(), ())
 
 
+@pytest.mark.parametrize("name", ["metrics", "segmentation"])
+def test_a_set_of_other_classes_is_refused_before_a_run(name):
+    evals = {"v": {"name": name, "sources": CLIPART, "sides": SIDES}}
+    config, mesh = tiny.config(evals=evals), sharding.make_mesh()
+    task = experiment.build_task(config, 8)
+    with pytest.raises(ConfigError, match=r"has 8 classes .* must share their"):
+        Evaluator(config, task, mesh, tuple("abcdefgh"))
+
+
 def test_a_run_with_a_running_mean_is_judged_by_it(own, tmp_path):
     config = tiny.config(
         steps=2,

@@ -106,3 +106,30 @@ def test_floats_are_taken_as_they_are():
     packed = run(row, 4, "tiles")
     given = run((floats, *row[1:]), 4, "tiles")
     np.testing.assert_allclose(packed.cells, given.cells, atol=1e-5)
+
+
+def test_an_image_whose_patches_are_shuffled_or_lack_the_last_has_no_map_of_tiles():
+    row = pack([RNG.integers(0, 256, (8, 12, 3)) for _ in range(2)], 4)
+    order = np.array([1, 0, *range(2, 11), 12, 13, 14])
+    mixed = [*(each[:, order] for each in row[:3]), row[3]]
+    _, maps = feature_maps.cut_tiles(*mixed, 4, 5)
+    assert maps.sizes[0].tolist() == [[0, 0], [0, 0], [0, 0]]
+    _, maps = feature_maps.cut_tiles(*row, 4, 5)
+    assert maps.sizes[0].tolist() == [[2, 3], [2, 3], [0, 0]]
+
+
+def test_a_convolution_is_unfolded_on_a_cpu_alone_and_is_the_same():
+    pixels = jnp.asarray(RNG.standard_normal((3, 15, 15, 3)), jnp.float32)
+    kernel = jnp.asarray(KERNEL, jnp.float32)
+    others = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def convolve(pixels, kernel):
+        return feature_maps.convolve(pixels, kernel, (2, 2), "VALID", **others)
+
+    expected = jax.lax.conv_general_dilated(pixels, kernel, (2, 2), "VALID", **others)
+    np.testing.assert_allclose(convolve(pixels, kernel), expected, atol=1e-4)
+    # Whatever the host: what counts is for which devices it is compiled.
+    traced = jax.jit(convolve).trace(pixels, kernel)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.convolution" in text) == (platform != "cpu"), platform

@@ -418,6 +418,8 @@ def test_a_disk_that_is_full_midway_is_named_and_keeps_the_lines_before(
     def write(limit):
         with predict.open_table(path, ["file", "text"]) as add:
             add(lines[:10])
+            # Here for who looks, before what comes.
+            assert len(path.read_text().splitlines()) == 11
             full_at(limit)
             add(lines[10:])
 

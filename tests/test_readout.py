@@ -59,13 +59,15 @@ def test_a_patch_hears_its_boxes_and_one_outside_of_all_the_nearest():
 
 
 @pytest.mark.parametrize("by", ["boxes", "points"])
-def test_a_token_says_a_plane_over_its_box(by):
-    token = jax.random.normal(jax.random.key(1), (1, 1, 4))
+def test_a_token_says_a_plane_over_its_last_box(by):
+    # A token, and one of no image; where they looked before says nothing.
+    token = jax.random.normal(jax.random.key(1), (1, 2, 4))
+    rois = [[[0, 0, 0.2, 0.1], [0, 0, 1, 1]], [[0, 0, 1, 1], [0, 0, 1, 1]]]
     out = {
         "tokens": token,
-        "latent_ids": jnp.ones((1, 1), int),
-        "rois": jnp.array([[[[0.0, 0.0, 1.0, 1.0]]]]),
-        "points": jax.random.uniform(jax.random.key(2), (1, 1, 1, 3, 2)),
+        "latent_ids": jnp.array([[1, 0]]),
+        "rois": jnp.array([rois], jnp.float32),
+        "points": jax.random.uniform(jax.random.key(2), (1, 2, 2, 3, 2)),
     }
     ids = np.ones((1, 14), int)
     ids[0, 12:] = 0
@@ -80,3 +82,25 @@ def test_a_token_says_a_plane_over_its_box(by):
     expected = value + x * slopes[0] + y * slopes[1]
     np.testing.assert_allclose(found[0, :12], expected, atol=1e-5)
     assert not found[0, 12:].any()
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_patches_hear_the_last_points_as_the_encoder_reads_them(padding):
+    first, last = (0.5, 0.5), (1.4, 0.5)  # the second is right of the picture
+    boxes = np.tile([0, 0, 1, 1], (1, 2, 2, 1))
+    points = [[[first], [first]], [[last], [first]]]
+    out = {
+        "tokens": jnp.array([[[1.0], [0.0]]]),
+        "latent_ids": jnp.ones((1, 2), int),
+        "rois": jnp.asarray(boxes, jnp.float32),
+        "points": jnp.array([points]),
+    }
+    row = jnp.asarray(COORDS), jnp.ones((1, 12), int), jnp.array([[GRID]])
+    params = {"planes": {"kernel": jnp.array([[1.0, 0, 0]]), "bias": jnp.zeros(3)}}
+    module: Any = readout.Readout("points", padding)
+    found = module.apply({"params": params}, out, *row).reshape(GRID)
+    # Rows 1 and 2 of the last column have the point if it counts as at the border,
+    # else both boxes alike.
+    expected = 0.99 if padding == "border" else 0.5
+    np.testing.assert_allclose(found[1:3, 2], expected, atol=0.02)
+    np.testing.assert_allclose(found[1:3, 1], 0, atol=0.02)

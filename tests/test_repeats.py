@@ -87,6 +87,13 @@ LAW = "rand-m9-mstd0.5-inc1"
 PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 
 
+def test_what_moves_pixels_is_refused_beside_their_classes(stub):
+    rand_augment.check(LAW, False)
+    rand_augment.check("", True)
+    with pytest.raises(ConfigError, match="pixels and not their classes"):
+        rand_augment.check(LAW, True)
+
+
 def test_a_picture_changes_by_its_key_alone_in_any_thread(stub):
     state, other = random.getstate(), np.random.get_state()[1].copy()
     keys = [2**63 + i for i in range(40)]

@@ -1,12 +1,16 @@
+from unittest import mock
+
 import pytest
 from etils import epath
 
 from navit_jax import run_folder
+from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.errors import ConfigError
 
 
 def test_classes_are_kept_and_others_under_the_same_numbers_are_refused(tmp_path):
     workdir = epath.Path(tmp_path)
+    (workdir / "metrics.jsonl").write_text("")
     run_folder.store_class_names(workdir, ("ant", "bee", "cat"))
     run_folder.store_class_names(workdir, ("ant", "bee", "cat"))
     with pytest.raises(ConfigError, match="3 then, 3 now; 'ant' -> 'bee', 'bee' -> "):
@@ -92,11 +96,40 @@ def test_a_file_that_was_cut_is_named_with_the_remedy(tmp_path, cut):
             read()
 
 
-def test_a_run_that_never_began_leaves_the_folder_to_another_config(tmp_path):
+@pytest.mark.parametrize("begun", ["metrics.jsonl", "checkpoints"])
+def test_a_run_that_never_began_leaves_the_folder_to_another(tmp_path, begun):
     workdir = epath.Path(tmp_path)
-    run_folder.store_config(workdir, {"seed": 1}, False)
-    run_folder.store_config(workdir, {"seed": 2}, False)
+    words = [
+        mock.Mock(spec=Tokenizer, vocabulary=mock.Mock(contents=contents))
+        for contents in (b"one", b"two")
+    ]
+    for seed, names, tokenizer in ((1, ("ant",), words[0]), (2, ("bee",), words[1])):
+        run_folder.store_config(workdir, {"seed": seed}, False)
+        run_folder.store_class_names(workdir, names)
+        run_folder.store_vocabulary(workdir, tokenizer)
     assert run_folder.read_config(workdir) == {"seed": 2}
-    (workdir / "metrics.jsonl").write_text("")
+    assert run_folder.read_class_names(workdir) == ["bee"]
+    assert (workdir / "vocabulary").read_bytes() == b"two"
+    (workdir / begun).mkdir()
     with pytest.raises(ConfigError, match="seed: 2 -> 3"):
         run_folder.store_config(workdir, {"seed": 3}, False)
+    with pytest.raises(ConfigError, match="1 then, 1 now"):
+        run_folder.store_class_names(workdir, ("ant",))
+    with pytest.raises(ConfigError, match="with which the run has begun"):
+        run_folder.store_vocabulary(workdir, words[0])
+
+
+def test_a_folder_that_another_host_tries_at_the_same_time_can_be_written(
+    tmp_path, monkeypatch
+):
+    """A host of the same process number has removed the file that both wrote."""
+    workdir = epath.Path(tmp_path / "run")
+    write = type(workdir).write_text
+
+    def write_and_lose(path, text, *others, **named):
+        write(path, text, *others, **named)
+        path.unlink()
+
+    monkeypatch.setattr(type(workdir), "write_text", write_and_lose)
+    run_folder.check_writable(workdir, "--workdir")
+    assert not list(workdir.iterdir())

@@ -152,6 +152,30 @@ def test_points_that_are_lost_leave_all_finite(implementation, padding):
         assert not found.any()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_cells_of_bfloat16_are_weighed_and_their_gradients_summed_in_float32(
+    implementation,
+):
+    # Many points in one cell: a sum of few bits would stop to grow.
+    points = jnp.full((1, 11, 60, 2), 0.51)
+    rounded = cut(PICTURES)
+    rounded = rounded._replace(cells=rounded.cells.astype(jnp.bfloat16))
+
+    def total(cells, dtype):
+        maps = rounded._replace(cells=cells.astype(dtype))
+        found = lookup(maps, points, "zeros", implementation)
+        return found.sum(), found
+
+    slope = jax.grad(total, has_aux=True)
+    cells = rounded.cells.astype(jnp.float32)
+    expected, exact = slope(cells, jnp.float32)
+    by_cell, found = slope(cells, jnp.bfloat16)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+    # At the end they are rounded.
+    np.testing.assert_allclose(by_cell, expected, rtol=1e-2)
+
+
 def test_unknown_choices_are_named():
     maps, points = cut(PICTURES), jnp.asarray(POINTS, jnp.float32)
     with pytest.raises(ConfigError, match=r"config.model.lookup='gahter': .*'gather'"):

@@ -11,7 +11,7 @@ from test_composites import built  # noqa: F401, a fixture
 from test_sparseformer_run import MODEL
 
 import navit_jax
-from navit_jax import foreground, look_pictures, report, seeing, train
+from navit_jax import foreground, look_pictures, predictor, report, seeing, train
 from navit_jax.data import composites
 from navit_jax.data.bad_image import BadImage
 from navit_jax.data.records import Record
@@ -115,3 +115,50 @@ def test_what_can_not_be_read_is_not_looked_at(run):
     bad, same = seeing.look(model, [Record("bad", b"nothing"), record])
     assert isinstance(bad, BadImage)
     np.testing.assert_allclose(same.rois, good.rois, atol=1e-5)
+
+
+def test_what_can_not_be_read_is_not_drawn_and_the_others_keep_their_looks(
+    monkeypatch,
+):
+    records = [Record(str(i), bytes([i])) for i in range(6)]
+    looks = [foreground.Look(np.full((1, 1, 4), i), np.zeros(0)) for i in range(6)]
+    looks[0] = looks[3] = BadImage("empty")
+    drawn = []
+    monkeypatch.setattr(seeing.data, "open_sources", lambda _: ([records], [1]))
+    monkeypatch.setattr(seeing, "look", lambda _, asked: looks)
+    monkeypatch.setattr(seeing, "_read", lambda picture: picture[0])
+    monkeypatch.setattr(seeing, "_embed", lambda *_: "")
+    monkeypatch.setattr(look_pictures, "draw_looks", lambda *a: drawn.append(a))
+    monkeypatch.setattr(look_pictures, "draw_density", lambda *a: drawn.append(a))
+    model = object.__new__(predictor.Predictor)
+    seeing._show_pictures(model, "set", {"sources": {"x": {"name": "x"}}})
+    for images, shown, *every in drawn:
+        assert images == [1, 2, 4, 5]
+        assert [look.rois[0, 0, 0] for look in shown] == images
+        assert all(len(found) == 4 for found in every)
+
+
+def test_each_column_of_the_tables_is_what_it_is_called():
+    names = ("even", "centre", "start", "start_area")
+    found = {name: np.full(3, 2.0**i) for i, name in enumerate(names)}
+    stages = ("inside", "area", "drift", "outside")
+    found |= {
+        n: np.tile(3.0**i * np.array([1, 5]), (3, 1)) for i, n in enumerate(stages, 1)
+    }
+
+    def first(lines):
+        return [[cell.split(" (")[0] for cell in line] for line in lines]
+
+    # Of 1, 2 and 4; inside is 3 and 15, start_area 8, then 9, 27 and 81.
+    assert first(seeing.list_shares(found)) == [
+        ["even grid", "1", "", "", ""],
+        ["centre Gaussian", "2", "2", "", ""],
+        ["initialisation", "4", "4", "2", ""],
+        ["stage 1", "3", "3", "1.5", "0.75"],
+        ["stage 2", "15", "15", "7.5", "3.75"],
+    ]
+    assert first(seeing.list_boxes(found)) == [
+        ["initialisation", "8", "", "", ""],
+        ["stage 1", "9", "1.12", "27", "81"],
+        ["stage 2", "45", "5.62", "135", "405"],
+    ]

@@ -1,8 +1,11 @@
 """Classes of pixels: counts, what is learned of few scenes, and nothing leaks."""
 
+import dataclasses
 import functools
 import io
+import zlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,7 @@ from navit_jax.data.patches import patchify
 from navit_jax.data.pixel_classes import draw_classes
 from navit_jax.errors import ConfigError, DataError
 from navit_jax.isolation import check_isolation
+from navit_jax.metrics import interval_by_group
 from navit_jax.models.navit import NaViT
 from navit_jax.models.pooling import image_masks, mean_pool
 from navit_jax.models.sparseformer import SparseFormer
@@ -141,6 +145,69 @@ def test_masks_of_few_scenes_are_learned(name, readout):
     assert last["mean_iou"] > 0.6
 
 
+class Few(nn.Module):
+    """Tells some pixels of a patch; nothing to who has keys."""
+
+    @nn.compact
+    def __call__(self, patches, coords, segment_ids, grids, keys=None):
+        return {"tokens": patches[..., :5] / 255 * (keys is None)}
+
+
+def test_the_loss_is_of_known_pixels_and_classes_are_numbered_as_they_are():
+    task = Segmentation(Few(), 2, background=False, cells=2)
+    params = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape),
+        task.init(jax.random.key(0), BATCH),
+    )
+    out = task.outputs(params, BATCH)
+    np.testing.assert_array_equal(out["classes"], out["logits"].argmax(-1) + 1)
+    # With its key the encoder says nothing here: all that is left is the bias.
+    logits = np.asarray(params["head"]["dense"]["bias"], float).reshape(4, 2)
+    losses = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+    total = num = 0
+    classes = np.asarray(BATCH.targets["pixel_classes"])
+    for b, i, pixel in np.ndindex(*classes.shape):
+        row, column = divmod(pixel, PATCH)
+        if classes[b, i, pixel] in (1, 2):
+            total += losses[row // 2 * 2 + column // 2, classes[b, i, pixel] - 1]
+            num += 1
+    weights, key = task.weights(BATCH), jax.random.key(0)
+    assert weights == {"pixels": num}
+    assert task.loss(params, BATCH, key, weights)[0] == pytest.approx(total / num)
+    # As many again may be on other hosts.
+    twice = {"pixels": 2 * weights["pixels"]}
+    half = task.loss(params, BATCH, key, twice)[0]
+    assert half == pytest.approx(total / num / 2)
+
+
+def test_a_class_that_is_nowhere_counts_in_no_mean_and_intervals_are_by_group():
+    @dataclasses.dataclass
+    class Grouped(Known):
+        class_names = ("red", "blue", "green")
+        groups: np.ndarray
+
+    # Slots of images 2, 0, none and 1; nothing is green, or said to be.
+    found = {
+        "hit": [[4, 1, 0, 0], [2, 0, 0, 0], [9, 9, 9, 9], [0, 3, 0, 0]],
+        "said": [[5, 2, 0, 0], [4, 0, 0, 0], [9, 9, 9, 9], [0, 5, 1, 0]],
+        "true": [[6, 1, 0, 0], [2, 2, 0, 0], [9, 9, 9, 9], [1, 3, 2, 0]],
+    }
+    found = {name: np.array(values) for name, values in found.items()}
+    source = Grouped(np.array([7, 8, 7]))
+    judge = mean_iou.MeanIou()
+    asked = judge.read(source, lambda: None)
+    values = judge.conclude(asked, None, found, np.array([2, 0, -1, 1]), source)
+    assert np.isnan(values["iou_green"])
+    ious = 6 / 12, 4 / 9, 0
+    assert [values[f"iou_{n}"] for n in ("background", "red", "blue")] == list(ious)
+    assert values["mean_iou"] == pytest.approx(np.mean(ious))
+    assert values["mean_accuracy"] == pytest.approx((6 / 9 + 4 / 6 + 0) / 3)
+    assert values["pixel_accuracy"] == pytest.approx(10 / 17)
+    own = [5.0, 2, 3], [7.0, 4, 6], [7, 7, 8]
+    low, high = interval_by_group(*map(np.array, own))
+    assert (values["pixel_accuracy_low"], values["pixel_accuracy_high"]) == (low, high)
+
+
 def test_pixels_are_counted_by_part_and_class():
     rng = np.random.default_rng(0)
     classes = rng.choice([0, 1, 2, 3, 255], (2, 3, 36)).astype(np.uint8)
@@ -224,6 +291,8 @@ def test_what_is_not_known_or_does_not_fit_is_refused():
         Segmentation(ENCODERS["v1"], 2, readout="pixels")
     with pytest.raises(ConfigError, match="4 classes, the model 3"):
         mean_iou.name_classes(("a", "b", "c", "d"), 3)
+    with pytest.raises(ConfigError, match=r"255 classes: .* tells 254 apart"):
+        Segmentation(ENCODERS["navit"], 255)
     assert mean_iou.name_classes(("a",), 2) == ("background", "a")
     assert mean_iou.name_classes(("a", "b"), 2) == ("a", "b")
 
@@ -245,3 +314,22 @@ def test_a_mask_says_the_class_of_each_pixel():
     ]
     with pytest.raises(DataError, match="mode RGB"):
         masks.read_mask(png(np.zeros((2, 2, 3)), "RGB"), "x")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_mask_with_a_palette_has_its_numbers_and_not_its_colours(bits):
+    values = np.array([[0, 2], [3, 1]], np.uint8)
+    image, file = Image.fromarray(values, "P"), io.BytesIO()
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 48).tolist())
+    image.save(file, "PNG", bits=bits)
+    objects = masks.read_mask(file.getvalue(), "x")
+    whole = (0.0, 0.0, 1.0, 1.0)
+    np.testing.assert_array_equal(draw_classes(objects, (2, 2), whole, False), values)
+
+
+def test_grey_of_fewer_bits_is_refused_as_it_is_read_stretched():
+    data = bytearray(png(np.zeros((1, 4))))
+    data[24] = 4  # Bits of the header, and its checksum.
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(DataError, match=r"x has a mask of mode L .L;4.: .* 8 bits"):
+        masks.read_mask(bytes(data), "x")

@@ -282,6 +282,9 @@ def test_a_mask_beside_a_picture_says_the_classes_of_its_pixels(tmp_path):
     assert source[0].labels == ()
     assert source[0].objects.labels.tolist() == [2, 149, -1]
     assert source[0].objects.instances.tolist() == [[0, 1], [2, 3]]
+    few = sources.array_record(str(path), "jpg", mask="seg", num_classes=149)
+    with pytest.raises(DataError, match=r"/0, mask has label 149, outside 0..148"):
+        few[0]
     with pytest.raises(ConfigError, match="mask='seg' and num_classes=0"):
         sources.array_record(str(path), "jpg", mask="seg")
 

@@ -65,8 +65,8 @@ def clip(tmp_path_factory):
         show_progress=False,
     )
     made.train_from_iterator(TEXTS, trainer)
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    made.post_processor = tokenizers.processors.RobertaProcessing(
+        ("<end>", 1), ("<start>", 0), trim_offsets=False, add_prefix_space=False
     )
     made.enable_padding(length=77, pad_id=1, pad_token="<end>")
     made.enable_truncation(3)

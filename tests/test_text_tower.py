@@ -100,6 +100,24 @@ def test_packed_texts_are_what_each_is_alone(arguments):
     assert not out["tokens"][leaves["text_segment_ids"] == 0].any()
 
 
+def test_a_causal_tower_sees_what_is_before_a_token_and_gives_the_last_one():
+    model = tower(pooling="last", causal=True, attention="auto")
+    params, leaves = random_params(model), pack_texts(ROWS)
+    out = encode(model, leaves, params)
+    for row, captions in enumerate(ROWS):
+        for slot, ids in enumerate(captions):
+            if ids is None:
+                assert not out["pooled"][row, slot].any()
+                continue
+            (own,) = np.nonzero(leaves["text_segment_ids"][row] == slot + 1)
+            # A token is what it is at the end of a text that is cut there, and alone.
+            for end in sorted({1, len(ids) // 2 + 1, len(ids)}):
+                cut = pack_texts([[ids[:end]], [], [], []])
+                last = encode(model, cut, params)["pooled"][0, 0]
+                assert_close(out["tokens"][row, own[end - 1]], last)
+            assert_close(out["pooled"][row, slot], last)
+
+
 def test_another_text_beside_it_and_other_padding_change_no_bit_of_a_text():
     model, leaves = tower(attention="blocks"), pack_texts(ROWS)
     before = encode(model, leaves)
@@ -180,7 +198,7 @@ def test_half_precision_stays_near_the_full_one():
     [
         ({"size": "B/16"}, "task.text.size='B/16'.*Known: B, H"),
         ({"num_heads": 7}, "task.text.num_heads=7: the width 16"),
-        ({"pooling": "none"}, "task.text.pooling='none': use 'map' or 'mean'"),
+        ({"pooling": "none"}, "task.text.pooling='none': use 'map', 'mean'"),
         ({"pooling": "max"}, "task.text.pooling='max'"),
         ({"dtype": "float16"}, "task.text.dtype='float16'"),
         ({"remat": "some"}, "task.text.remat='some'"),

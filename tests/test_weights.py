@@ -226,3 +226,67 @@ def test_load_opens_a_file_and_keeps_its_head(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     with pytest.raises(ConfigError, match="is no file of weights: activation"):
         navit_jax.load(tmp_path, activation="gelu")
+
+
+def clip(path, **more):
+    """A tiny CLIP as OpenAI names it; both towers have one block."""
+    shapes = {
+        "visual.class_embedding": (D,),
+        "visual.positional_embedding": (5, D),
+        "visual.proj": (D, 8),
+        "visual.conv1.weight": (D, 3, PATCH, PATCH),
+        "token_embedding.weight": (30, D),
+        "positional_embedding": (7, D),
+        "text_projection": (D, 8),
+        "logit_scale": (),
+        "attn_mask": (7, 7),
+    }
+    norms = ["visual.ln_pre", "visual.ln_post", "ln_final"]
+    for tower in ("visual.", ""):
+        block = f"{tower}transformer.resblocks.0"
+        norms += [f"{block}.ln_1", f"{block}.ln_2"]
+        shapes[f"{block}.attn.in_proj_weight"] = (3 * D, D)
+        shapes[f"{block}.attn.in_proj_bias"] = (3 * D,)
+        for name, sides in (("attn.out_proj", (D, D)), ("mlp.c_fc", (2 * D, D)),
+                            ("mlp.c_proj", (D, 2 * D))):  # fmt: skip
+            shapes[f"{block}.{name}.weight"] = sides
+            shapes[f"{block}.{name}.bias"] = sides[:1]
+    shapes |= {f"{norm}.{leaf}": (D,) for norm in norms for leaf in ("weight", "bias")}
+    random = np.random.default_rng(0)
+    tensors = {k: np.float32(random.normal(size=s)) for k, s in shapes.items()}
+    np.savez(path, **tensors, **more)
+    return tensors
+
+
+def test_a_run_has_the_texts_of_a_clip_if_it_has_a_place_for_them(tmp_path):
+    path = tmp_path / "clip.npz"
+    tensors, found = clip(path), weights.read(path)
+    texts = found.params["text"]
+    np.testing.assert_array_equal(
+        texts["blocks"]["attention"]["key"]["kernel"][0].reshape(D, D),
+        tensors["transformer.resblocks.0.attn.in_proj_weight"][D : 2 * D].T,
+    )
+    assert found.params["log_scale"] == tensors["logit_scale"]
+    assert [o.name for o in found.origins if o.how == "unused"] == ["attn_mask"]
+
+    whole = jax.tree.map(jnp.asarray, found.params)
+    images = {name: whole[name] for name in ("encoder", "image_head")}
+    for expected in (whole, images):
+        fresh = jax.tree.map(jnp.zeros_like, expected)
+        filled = from_run(fresh, weights=str(path))
+        jax.tree.map(np.testing.assert_array_equal, filled, expected)
+    rules = [(r"((?:encoder|image_head)/.*)", r"\1")]
+    with pytest.raises(ConfigError, match="of the source are not used: log_scale"):
+        from_run(whole, weights=str(path), rules=rules)
+
+
+def test_texts_that_are_not_wholly_read_are_refused(tmp_path):
+    clip(tmp_path / "coca.npz", cls_emb=np.ones(D, np.float32))
+    with pytest.raises(ConfigError, match="1 tensors of the encoder are not used: cls"):
+        weights.read(tmp_path / "coca.npz")
+    clip(tmp_path / "other.npz")
+    config = {"model_cfg": {"text_cfg": {"no_causal_mask": True}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    found = weights.read(tmp_path / "other.npz")
+    assert not found.text
+    assert "ln_final.weight" in {o.name for o in found.origins if o.how == "unused"}

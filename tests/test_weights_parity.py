@@ -1,14 +1,17 @@
 """Our NaViT against the libraries whose files it reads, on seeded random weights."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from captioned import pack_texts
 
 from navit_jax import config as config_lib
 from navit_jax import weights
 from navit_jax.data.patches import patchify
-from navit_jax.models import MODELS
+from navit_jax.models import MODELS, TextTower
 from navit_jax.weights.write import write
 
 pytest.importorskip("safetensors", reason="pip install -e .[weights]")
@@ -59,6 +62,30 @@ def encode(found, *images):
     params = jax.tree.map(jnp.asarray, found.params["encoder"])
     out = jax.jit(model.apply)({"params": params}, *map(jnp.asarray, row))
     return {name: np.asarray(value[0]) for name, value in out.items()}
+
+
+# Ids that end in the highest; one fills all places, as after truncation.
+TEXTS = [[1, 7, 39], [1, 39], [1, *range(9, 19), 39], [1, 30, 2, 4, 39]]
+
+
+def padded():
+    """[4 12], after the end any ids but the highest, as nothing may look at them."""
+    import torch
+
+    return torch.tensor([ids + [5] * (12 - len(ids)) for ids in TEXTS])
+
+
+def embed_texts(found):
+    """What our tower gives for the texts packed in two rows, projected."""
+    leaves = pack_texts([TEXTS[:2], TEXTS[2:]])
+    tower = TextTower(vocab_size=40, length=12, **found.text)
+    row = (
+        jnp.asarray(leaves[f"text_{n}"]) for n in ("tokens", "coords", "segment_ids")
+    )
+    out = jax.jit(lambda p, *row: tower.apply({"params": p}, *row, 2))(
+        found.params["text"], *row
+    )
+    return (out["pooled"] @ found.params["text_head"]["kernel"]).reshape(4, -1)
 
 
 def save(model, folder, prefix="", **more):
@@ -182,6 +209,27 @@ def test_transformers_clip_with_its_projection(tmp_path):
         compare({"image": projected}, {"image": numpy(out.image_embeds)})
 
 
+def test_transformers_clip_with_its_texts(tmp_path):
+    transformers = library("transformers")
+    shape = {**SMALL, "intermediate_size": 48}
+    config = transformers.CLIPConfig(
+        text_config={
+            **shape, "vocab_size": 40, "max_position_embeddings": 12,
+            "projection_dim": 16, "eos_token_id": 39,
+        },
+        vision_config={**shape, "image_size": 4 * PATCH, "patch_size": PATCH},
+        projection_dim=16,
+    )  # fmt: skip
+    scatter(transformers.CLIPModel(config)).save_pretrained(tmp_path)
+    found = weights.read(tmp_path)
+    assert not [origin for origin in found.origins if origin.how == "unused"]
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(tmp_path).eval()
+    expected = numpy(model(padded()).text_embeds)
+    np.testing.assert_allclose(embed_texts(found), expected, atol=TOLERANCE)
+    whole = transformers.CLIPModel.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(found.params["log_scale"], numpy(whole.logit_scale))
+
+
 def test_transformers_siglip_2_on_pictures_of_their_own_shape(tmp_path):
     transformers = library("transformers")
     import torch
@@ -221,20 +269,22 @@ def test_open_clip_with_its_projection(quick, tmp_path):
     open_clip = library("open_clip")
     vision = {"layers": 2, "width": 64, "patch_size": PATCH, "head_width": 32}
     vision |= {"image_size": (2 * PATCH, 4 * PATCH)}
-    text = {"layers": 1, "width": 32, "heads": 2, "vocab_size": 9}
+    text = {"layers": 2, "width": 32, "heads": 2, "vocab_size": 40}
+    text["context_length"] = 12
     model = scatter(open_clip.CLIP(16, vision, text, quick_gelu=quick))
     path = save(model, tmp_path)
-    if not quick:
-        text = '{"model_cfg": {"embed_dim": 16}, "preprocess_cfg": {}}'
-        (tmp_path / "open_clip_config.json").write_text(text)
+    said = {"text_cfg": text, "quick_gelu": quick}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": said}))
     found, image = weights.read(path, grid=(2, 4), num_heads=2), picture(2, 4)
     assert found.model["activation"] == ("quick_gelu" if quick else "gelu")
     ours = encode(found, image)
     projected = ours["pooled"] @ found.params["image_head"]["kernel"]
     expected = numpy(model.encode_image(as_torch(image, found)))
     compare({"image": projected}, {"image": expected})
-    unused = {origin.name for origin in found.origins if origin.how == "unused"}
-    assert "transformer.resblocks.0.ln_1.weight" in unused
+    expected = numpy(model.encode_text(padded()))
+    np.testing.assert_allclose(embed_texts(found), expected, atol=TOLERANCE)
+    assert not [origin for origin in found.origins if origin.how == "unused"]
+    assert found.text["activation"] == found.model["activation"]
 
 
 def test_what_we_write_is_what_transformers_reads(tmp_path):

@@ -172,7 +172,7 @@ def open_text(section: Mapping[str, Any]) -> tuple[int, Tokenizer]:
       ConfigError: `tokens` is missing, or less than the longest text may have.
     """
     where = "data.text"
-    arguments = {k: v for k, v in section.items() if k != "tokens"}
+    arguments = {k: v for k, v in section.items() if k not in ("tokens", "captions")}
     tokenizer = config_lib.call(open_tokenizer, arguments, where)
     tokens = section.get("tokens")
     if not isinstance(tokens, int) or tokens < tokenizer.length:
@@ -230,12 +230,12 @@ def open_stream(
       max_side: Longest side the position table has, in patches.
       training: Whether to shuffle, drop and augment, without end.
       num_labels: The most labels an image may have.
-      pixel_classes: Whether images bring the classes of their pixels, where their
-        sources know them.
+      pixel_classes: Whether images bring their pixels' classes, where these are known.
       teacher: A folder of `navit_jax.teach`, whose vectors whole images bring.
       rand_augment: A law of `rand_augment.build`, in training; "" for none.
       text: For images that bring a caption: `tokens`, T of a row, and the arguments of
-        `tokenizer.open_tokenizer`. Images without a caption of use are left out.
+        `tokenizer.open_tokenizer`. Images without a caption of use are left out;
+        with `captions=False` none brings one, and only evaluation reads texts.
       codec: What decodes and resizes; see `codec.choose`. Pixels depend on it.
       threads, workers, prefetch: As in `Stream`.
 
@@ -243,6 +243,7 @@ def open_stream(
     """
     codecs.choose(codec)
     opened, weights = open_sources(sources)
+    text = None if text and not text.get("captions", True) else text
     text_tokens, tokenizer = open_text(text) if text else (0, None)
     captions = []
     if tokenizer:
@@ -256,7 +257,7 @@ def open_stream(
             "some several times; lower it, or check the sources", rows, images,
         )  # fmt: skip
     build, none = config_lib.build, {"name": "none"}
-    rand_augments.check(rand_augment)
+    rand_augments.check(rand_augment, pixel_classes)
     plan = Plan(
         tables=[size_table(source) for source in opened],
         weights=weights,

@@ -24,16 +24,17 @@ def read_mask(data: bytes, key: str) -> Objects:
       key: Of the record, for messages.
 
     Raises:
-      DataError: it has not one number of 8 bits a pixel, as a palette or grey has.
+      DataError: it has not one number a pixel, as a palette or grey of 8 bits has.
       BadImage: it can not be decoded.
     """
     with decoding():
         image = PngImagePlugin.PngImageFile(io.BytesIO(data))
-        mode, classes = image.mode, np.array(image)
-    if mode not in ("L", "P"):
+        # Pillow stretches grey of fewer bits to 0 .. 255, which are other classes.
+        mode, stored, classes = image.mode, image.tile[0].args, np.array(image)
+    if mode != "P" and stored != "L":
         raise DataError(
-            f"{key} has a mask of mode {mode}: give a PNG with a class number a pixel, "
-            "grey or palette, of 8 bits"
+            f"{key} has a mask of mode {mode} ({stored}): give a PNG with a class "
+            "number a pixel, grey of 8 bits or palette"
         )
     labels = np.arange(UNKNOWN, dtype=np.int32)
     labels[-1] = -1

@@ -48,8 +48,16 @@ def augment(
             np.random.set_state(before[1])
 
 
-def check(law: str) -> None:
-    """Raises ConfigError as `build`; "" is no law and can not be wrong."""
+def check(law: str, pixel_classes: bool) -> None:
+    """Raises ConfigError as `build`; "" is no law and can not be wrong.
+
+    And of a law beside `pixel_classes`, which would stay where they are.
+    """
+    if law and pixel_classes:
+        raise ConfigError(
+            f"config.data.rand_augment={law!r} moves pixels and not their classes: "
+            "remove it, or pixel_classes=True"
+        )
     if law:
         build(law)
 

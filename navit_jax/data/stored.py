@@ -14,7 +14,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
 from navit_jax.data.masks import read_mask
-from navit_jax.data.records import Record, check_labels, digest
+from navit_jax.data.records import Objects, Record, check_labels, digest
 from navit_jax.errors import ConfigError, DataError
 
 
@@ -75,8 +75,14 @@ class Stored:
         labels = check_labels(labels, len(self.class_names), f"{self.name}: {key}")
         if captions and not isinstance(captions[0], bytes):
             raise DataError(f"{key} has numbers in {self.caption!r}, which are no text")
-        objects = read_mask(masks[0], f"{self.name}: {key}") if masks else None
+        objects = self._read_mask(masks[0], key) if masks else None
         return Record(key, image[0], labels, tuple(map(_decode, captions)), objects)
+
+    def _read_mask(self, mask: bytes, key: str) -> Objects:
+        objects = read_mask(mask, f"{self.name}: {key}")
+        known = objects.labels[objects.labels >= 0]
+        check_labels(known.tolist(), len(self.class_names), f"{self.name}: {key}, mask")
+        return objects
 
 
 def _read_example(

@@ -29,6 +29,7 @@ def packed_attention(
     segment_ids: Int[Array, "B L"],
     implementation: str = "auto",
     *,
+    causal: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B L H K"]:
     """Softmax attention of each token to the tokens of its own image (NaViT, 2.1).
@@ -48,12 +49,21 @@ def packed_attention(
         visits only pairs of blocks that share an image, on any backend. `splash` is a
         TPU kernel, `mha` a GPU kernel. `auto` is `blocks` on CPU, `splash` on TPU and
         `dense` elsewhere, where nothing else has been timed yet.
+      causal: Whether a token attends to itself and those before it alone; `dense`
+        does it, and is what `auto` then is.
       interpret: Runs `splash` and `mha` in Pallas' interpreter, slowly, on any backend.
 
     Raises:
-      ConfigError: an unknown implementation, or a kernel of another backend.
+      ConfigError: an unknown implementation, one that is not causal, or a kernel of
+        another backend.
     """
     platform = _platform()
+    if causal:
+        if implementation not in ("auto", "dense"):
+            raise ConfigError(
+                f"attention={implementation!r} is not causal: use 'auto' or 'dense'"
+            )
+        implementation = "dense"
     if implementation == "auto":
         implementation = AUTO.get(platform, "dense")
     attend = pick("model.attention", implementation, IMPLEMENTATIONS)
@@ -65,6 +75,8 @@ def packed_attention(
         )
     if needed:
         attend = functools.partial(attend, interpret=interpret)
+    if causal:
+        attend = functools.partial(attend, causal=True)
     if implementation != "blocks":
         attend = _hiding_padding(attend)
     if implementation != "dense":
@@ -77,10 +89,12 @@ def dense(
     k: Float[Array, "B L H K"],
     v: Float[Array, "B L H K"],
     segment_ids: Int[Array, "B L"],
+    causal: bool = False,
 ) -> Float[Array, "B L H K"]:
     """The reference: all L x L scores, masked; padding is one more image."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    out = jax.nn.dot_product_attention(q, k, v, mask=same[:, None])
+    mask = jnp.tril(same) if causal else same
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
     return checkpoint_name(out, "attended")
 
 

@@ -27,7 +27,7 @@ def forward_flops(
       pairs: Pairs of tokens that attend to each other, sum of n^2 over images.
       images: Vectors pooled, of images or texts.
       patch_values: P; 0 of texts, which are looked up.
-      pooling: "map", "mean" or "none".
+      pooling: "map", "mean", "last" or "none".
     """
     D, depth, hidden = spec.width, spec.depth, spec.mlp
     embed = 2 * tokens * patch_values * D

@@ -110,7 +110,7 @@ class Attention(nn.Module):
     before they are rotated.
 
     Attributes:
-      implementation: As in `attention.packed_attention`.
+      implementation, causal: As in `attention.packed_attention`.
     """
 
     num_heads: int
@@ -121,6 +121,7 @@ class Attention(nn.Module):
     dtype: Any
     eps: float = 1e-6
     init: Any = XAVIER
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -149,7 +150,9 @@ class Attention(nn.Module):
             key = layer_norm(key, False, self.dtype, "key_norm", self.eps)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
-        attended = packed_attention(query, key, value, segment_ids, self.implementation)
+        attended = packed_attention(
+            query, key, value, segment_ids, self.implementation, causal=self.causal
+        )
         return merge_heads(D, self.bias_out, self.dtype, "out", self.init)(attended)
 
 
@@ -162,6 +165,7 @@ class Block(nn.Module):
       layer_scale: What factors of the entries of a branch start at (CaiT, section
         2.1); 0 has no such parameters.
       init: Of the kernels.
+      causal: As in `attention.packed_attention`.
     """
 
     num_heads: int
@@ -177,6 +181,7 @@ class Block(nn.Module):
     eps: float = 1e-6
     layer_scale: float | int = 0.0
     init: Any = XAVIER
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -196,6 +201,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             eps=self.eps,
             init=self.init,
+            causal=self.causal,
             name="attention",
         )
         mlp = Mlp(

@@ -39,6 +39,15 @@ def mean_pool(
     return (total / jnp.maximum(count, 1)).astype(tokens.dtype)
 
 
+def last_token(
+    tokens: Float[Array, "B L D"], masks: Bool[Array, "B N L"]
+) -> Float[Array, "B N D"]:
+    """The last token of each image, or text; an empty slot gives zeros."""
+    last = masks.shape[-1] - 1 - jnp.argmax(masks[..., ::-1], axis=-1)
+    found = jnp.take_along_axis(tokens, last[..., None], axis=1)
+    return jnp.where(masks.any(-1, keepdims=True), found, 0)
+
+
 def segment_attend(
     scores: Float[Array, "B L H"],
     values: Float[Array, "B L H K"],

@@ -49,6 +49,7 @@ def encode(
     angles: Float[Array, "B L W"] | None = None,
     special: Mapping[str, Float[Array, "_ D"]] | None = None,
     pre_norm: bool = False,
+    causal: bool = False,
 ) -> dict[str, Array]:
     """Runs blocks, norm and pooling as modules of a tower; call it where it is compact.
 
@@ -60,6 +61,7 @@ def encode(
       special: Tokens that go before those of each image by name, in order, that of
         "class" first. They are not rotated, and neither in `tokens` nor in a pool.
       pre_norm: Whether tokens are normalised before the first block too.
+      causal: Whether a token attends to itself and those before it alone.
 
     Returns:
       `tokens` [B L D], 0 at padding; `pooled` [B N D], 0 in slots without a token,
@@ -86,7 +88,8 @@ def encode(
     tokens = keep_rows(tokens)
     if pre_norm:
         tokens = layer_norm(tokens, tower.bias_ln, dtype, "pre_norm", tower.eps)
-    tokens, _ = build_blocks(tower, where, dtype)(tokens, draws, ids, angles)
+    blocks = build_blocks(tower, where, dtype, causal=causal)
+    tokens, _ = blocks(tokens, draws, ids, angles)
     tokens = layer_norm(tokens, tower.bias_ln, dtype, "norm", tower.eps)
     tokens = keep_rows(jnp.where((ids > 0)[..., None], tokens, 0))
     if special and "class" in special:
@@ -113,7 +116,9 @@ def _follow(
     return jnp.take_along_axis(values, jnp.maximum(index, 0), axis=1)
 
 
-def build_blocks(tower: Any, where: str, dtype: Any, init: Any = XAVIER) -> nn.Module:
+def build_blocks(
+    tower: Any, where: str, dtype: Any, init: Any = XAVIER, causal: bool = False
+) -> nn.Module:
     """The tower's blocks as one module, called as `layers.Block`."""
     block, policy = Block, pick(f"{where}.remat", tower.remat, REMAT)
     if policy is not None:
@@ -142,6 +147,7 @@ def build_blocks(tower: Any, where: str, dtype: Any, init: Any = XAVIER) -> nn.M
         eps=tower.eps,
         layer_scale=tower.layer_scale,
         init=init,
+        causal=causal,
         name="blocks",
     )
 
@@ -163,6 +169,7 @@ def _map_pool(tower: Any, dtype: Any) -> pooling.AttentionPool:
 POOLING: dict[str, Callable[..., Any] | None] = {
     "map": _map_pool,
     "mean": lambda *_: pooling.mean_pool,
+    "last": lambda *_: pooling.last_token,
     # Nothing is pooled.
     "class": None,
     "none": None,

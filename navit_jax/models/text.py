@@ -27,13 +27,15 @@ from navit_jax.models.stack import DTYPES, encode
 
 
 class TextTower(nn.Module):
-    """The packed encoder of texts: each token sees its whole text, no other one.
+    """The packed encoder of texts: each token sees its own text, no other one.
 
     Attributes:
       vocab_size: V.
       length: S, the most tokens of a text.
       size: A name of `sizes.SIZES`, e.g. "B".
-      pooling: "map" or "mean".
+      pooling: "map", "mean" or "last", the token that ends a text.
+      causal: Whether a token sees only itself and those before it (CLIP); computed by
+        `dense` attention.
 
     All others are those of `navit.NaViT`.
     """
@@ -59,6 +61,7 @@ class TextTower(nn.Module):
     remat: str = "light"
     drop_path: float = 0.0
     dropout: float = 0.0
+    causal: bool = False
 
     @property
     def spec(self) -> sizes.Spec:
@@ -95,7 +98,9 @@ class TextTower(nn.Module):
           ConfigError: an attribute has no such choice, or widths that do not divide.
         """
         if self.pooling == "none":
-            raise ConfigError("config.task.text.pooling='none': use 'map' or 'mean'")
+            raise ConfigError(
+                "config.task.text.pooling='none': use 'map', 'mean' or 'last'"
+            )
         spec, dtype = self.spec, pick("task.text.dtype", self.dtype, DTYPES)
         embed = nn.Embed(
             self.vocab_size,
@@ -109,7 +114,8 @@ class TextTower(nn.Module):
         )
         # Padding may hold any id, and one that is not there would be NaN.
         embedded = jnp.where((segment_ids > 0)[..., None], embedded, 0).astype(dtype)
-        return encode(self, "task.text", embedded, coords, segment_ids, num_slots, keys)
+        row = embedded, coords, segment_ids, num_slots, keys
+        return encode(self, "task.text", *row, causal=self.causal)
 
 
 def look_up(

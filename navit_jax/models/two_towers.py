@@ -46,11 +46,11 @@ class TwoTowers(nn.Module):
         out = self.encoder(
             batch.patches, batch.coords, batch.segment_ids, batch.grids, keys
         )
-        return {**out, "image": _normalise(self.image_head(out["pooled"]))}
+        return {**out, "image": normalise(self.image_head(out["pooled"]))}
 
     def embed_text(self, *arguments: Any) -> Float[Array, "B N E"]:
         """Of length 1; arguments as of `text.TextTower`."""
-        return _normalise(self.text_head(self.text(*arguments)["pooled"]))
+        return normalise(self.text_head(self.text(*arguments)["pooled"]))
 
 
 def texts(batch: PackedBatch) -> tuple[Array, Array, Array]:
@@ -60,7 +60,7 @@ def texts(batch: PackedBatch) -> tuple[Array, Array, Array]:
     return tokens, coords, segment_ids
 
 
-def _normalise(x: Float[Array, "B N E"]) -> Float[Array, "B N E"]:
+def normalise(x: Float[Array, "B N E"]) -> Float[Array, "B N E"]:
     """Of length 1; zeros stay zeros, with a gradient that is finite."""
     squares = jnp.square(x).sum(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))

@@ -9,7 +9,8 @@ Shapes: B rows, L tokens a row, N image slots a row, D width, C outputs of the h
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,107 +26,18 @@ from navit_jax.losses.alignment import LOSSES, cosine
 from navit_jax.metrics import Mean, fold, hits, masked
 from navit_jax.models import MODELS, patch_size
 from navit_jax.models.choices import pick
-from navit_jax.models.heads import Linear
-from navit_jax.models.pooling import image_masks, mean_pool
-from navit_jax.models.resized import resize
+from navit_jax.models.pair import REPRESENTATIONS, Pair, Vectors
+from navit_jax.models.text import TextTower
+from navit_jax.models.two_towers import TwoTowers, normalise
 from navit_jax.tasks.randomness import image_keys
 
 Params = Mapping[str, Any]
-Vectors = Float[Array, "B N D"]
 # What no step changes: the teacher, and the head of its that both share.
 FROZEN = ("teacher/.*", "head/.*")
-
-
-class Pair(nn.Module):
-    """A student and its teacher, each with the head of the teacher if it has one.
-
-    The attributes are those of `Bootstrapping`.
-    """
-
-    encoder: nn.Module
-    teacher: nn.Module
-    teacher_patch: int
-    teacher_side: int
-    representation: str
-    target: str
-    head_width: int
-    align: str
-
-    def setup(self):
-        """Names the parts as the parameters have them."""
-        if self.head_width:
-            self.head = Linear(self.head_width)
-
-    def __call__(self, batch: PackedBatch, keys: Any = None) -> dict[str, Any]:
-        """`student` and `teacher` [B N D]: what is aligned; and the student's outputs.
-
-        The teacher does not run if the batch brings its vectors.
-        """
-        student = self.student(batch, keys)
-        return {**student, "teacher": self.teach(batch)}
-
-    def student(self, batch: PackedBatch, keys: Any = None) -> dict[str, Any]:
-        """The student's own outputs, and what is aligned as `student` [B N D]."""
-        out = self.encoder(
-            batch.patches, batch.coords, batch.segment_ids, batch.grids, keys
-        )
-        N = batch.grids.shape[1]
-        found = represent(out, self.representation, batch.segment_ids, N)
-        if self.head_width:
-            out["logits"] = self.head(found)
-        aligned = out["logits"] if self.align == "head" else found
-        return {**out, "student": aligned.astype(jnp.float32)}
-
-    def teach(self, batch: PackedBatch) -> Vectors:
-        """What is aligned of the teacher, and leads no gradient anywhere."""
-        cached = batch.targets.get("teacher")
-        if cached is not None and not self.is_initializing():
-            return cached
-        B, N = batch.grids.shape[:2]
-        arrays = batch.patches, batch.coords, batch.segment_ids, batch.grids
-        if self.teacher_side:
-            longest = self.encoder.max_side
-            sides = self.teacher_side, self.teacher_patch, longest
-            arrays = resize(*arrays, *sides)
-        out = self.teacher(*arrays)
-        found = represent(out, self.target, arrays[2], arrays[3].shape[1])
-        found = found.reshape(B, N, -1)
-        aligned = self.head(found) if self.align == "head" else found
-        return jax.lax.stop_gradient(aligned.astype(jnp.float32))
-
-
-def represent(
-    out: Mapping[str, Any], name: str, segment_ids: jax.Array, num_slots: int
-) -> Vectors:
-    """The vector of each image by name, one of `REPRESENTATIONS`, from the outputs.
-
-    Args:
-      segment_ids: Of the tokens, unless they are latent ones and bring their own.
-    """
-    missing = [key for key in REPRESENTATIONS[name] if key != "mean" and key not in out]
-    if missing:
-        raise ConfigError(
-            f"config.task: the representation {name!r} needs the output "
-            f"{missing[0]!r}, and the model gives {', '.join(sorted(out))}: choose "
-            "another pooling, or another representation"
-        )
-    segment_ids = out.get("latent_ids", segment_ids)
-    parts = {
-        "mean": lambda: mean_pool(out["tokens"], image_masks(segment_ids, num_slots))
-    }
-    vectors = [
-        parts[key]() if key in parts else out[key] for key in REPRESENTATIONS[name]
-    ]
-    return jnp.concatenate(vectors, -1)
-
-
-# Which outputs make a representation; "mean" is that of an image's tokens.
-REPRESENTATIONS = {
-    "pooled": ("pooled",),
-    "class": ("class",),
-    "mean": ("mean",),
-    "both": ("pooled", "mean"),
-}
+# Nor does one change the teacher's tower of texts.
+FROZEN_TEXTS = ("text/.*", "text_head/.*", "log_scale")
+# Where CLIP's scale ends, of weights that do not say.
+LOG_SCALE = math.log(100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +56,10 @@ class Bootstrapping:
         student shares; 0: there is none.
       align: "representation", before the head, or "head", after it.
       loss_name: One of `losses.alignment.LOSSES`.
+      text: Arguments of `text.TextTower`, of the teacher's texts, by which `zero_shot`
+        judges a student that is aligned after the projection; None: there are none. Its
+        parameters are `text`, `text_head` and `log_scale`. Training reads no text.
+      vocab_size, text_length: As in `contrastive.Contrastive`.
       inherit: Rules (path of the student, path of the teacher), as of
         `initialise.load_params`, of what the student takes over from the teacher when a
         run begins: ("tail/(.*)", r"blocks/\\1[4:]") takes all blocks but the first 4.
@@ -158,6 +74,9 @@ class Bootstrapping:
     align: str = "representation"
     loss_name: str = "cosine"
     inherit: Sequence[Any] = ()
+    text: Mapping[str, Any] | None = None
+    vocab_size: int = 0
+    text_length: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "teacher", FrozenDict(self.teacher))
@@ -177,6 +96,11 @@ class Bootstrapping:
         if self.loss_name == "kl" and self.align != "head":
             raise ConfigError(
                 "config.task.loss_name='kl' compares logits: use align='head'"
+            )
+        if self.text is not None and self.align != "head":
+            raise ConfigError(
+                "config.task.text: texts are compared with what is after the teacher's "
+                "projection: use align='head'"
             )
         side, patch = self.teacher_side, patch_size(self.teacher["size"])
         if side < 0 or side % patch:
@@ -219,11 +143,17 @@ class Bootstrapping:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that no config trains."""
-        return FROZEN if self.head_width else FROZEN[:1]
+        texts = FROZEN_TEXTS if self.text is not None else ()
+        return (FROZEN if self.head_width else FROZEN[:1]) + texts
 
     def init(self, key: jax.Array, batch: PackedBatch) -> Params:
         """Fresh parameters, as a nested dict; see `inherit`."""
-        return self.model.init(key, batch)["params"]
+        params = self.model.init(key, batch)["params"]
+        if self.text is None:
+            return params
+        one = jnp.ones((1, 1), jnp.int32)
+        row = one, one[..., None], one, 1
+        return {**params, **self.texts.init(key, *row, method="embed_text")["params"]}
 
     def weights(self, batch: PackedBatch) -> dict[str, jax.Array]:
         """The number of images."""
@@ -244,9 +174,44 @@ class Bootstrapping:
     def outputs(self, params: Params, batch: PackedBatch) -> dict[str, jax.Array]:
         """What the student gives with nothing drawn; no teacher is run.
 
-        With a head also `logits` [B N C].
+        With a head also `logits` [B N C], with texts `image` [B N C], of length 1.
         """
-        return self._apply(params, batch, method="student")
+        out = self._apply(params, batch, method="student")
+        return (
+            {**out, "image": normalise(out["student"])}
+            if self.text is not None
+            else out
+        )
+
+    @property
+    def width(self) -> int:
+        """Of what is compared with texts."""
+        return self.head_width
+
+    @property
+    def texts(self) -> TwoTowers:
+        """The tower of texts and its projection as a module."""
+        given = {"vocab_size": self.vocab_size, "length": self.text_length}
+        tower = config.call(TextTower, self.text or {}, "task.text", **given)
+        return TwoTowers(self.encoder, tower, self.width, {"log_scale": LOG_SCALE})
+
+    @property
+    def embed_text(self) -> Callable[..., Vectors]:
+        """As `contrastive.Contrastive.embed_text`; a task without texts has none."""
+        if self.text is None:
+            raise AttributeError("embed_text")
+
+        def embed(params: Params, *row: Any, num_slots: int) -> Vectors:
+            read: Any = self.texts.apply
+            return read({"params": params}, *row, num_slots, method="embed_text")
+
+        return embed
+
+    def probabilities(
+        self, params: Params, cosines: Float[Array, "M C"]
+    ) -> Float[Array, "M C"]:
+        """Softmax over these texts at the teacher's own temperature."""
+        return jax.nn.softmax(jnp.exp(params["log_scale"]) * cosines)
 
     def metrics(self, params: Params, batch: PackedBatch) -> dict[str, Mean]:
         """Terms [B N] by image: the loss and the cosine of the two vectors.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from navit_jax.batch import PackedBatch
+from navit_jax.data.pixel_classes import UNKNOWN
 from navit_jax.errors import ConfigError
 from navit_jax.metrics import Mean, fold
 from navit_jax.models.choices import pick
@@ -88,6 +89,11 @@ class Segmentation:
                 f"config.task.cells={self.cells}, hidden={self.hidden}: give at least "
                 "1 and 0"
             )
+        if self.num_classes >= UNKNOWN:
+            raise ConfigError(
+                f"config.task.name='segmentation' of {self.num_classes} classes: a "
+                f"pixel of 8 bits tells {UNKNOWN - 1} apart"
+            )
         pick("task.readout", self.readout, dict.fromkeys(READOUTS))
 
     @property
@@ -133,7 +139,8 @@ class Segmentation:
         """
         out = self._apply(params, batch)
         if not getattr(self.encoder, "capture", False):
-            out = {k: v for k, v in out.items() if k not in ("rois", "points")}
+            told = ("rois", "points", "looks")
+            out = {k: v for k, v in out.items() if k not in told}
         guess = out["logits"].argmax(-1).astype(jnp.int32) + (not self.background)
         return {**out, "classes": guess}
 

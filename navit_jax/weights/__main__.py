@@ -13,6 +13,7 @@ from typing import Any
 
 from navit_jax.errors import ConfigError
 from navit_jax.initialise import format_table
+from navit_jax.weights import texts
 from navit_jax.weights.fetch import find
 from navit_jax.weights.read import Weights, read
 from navit_jax.weights.write import write
@@ -22,6 +23,8 @@ def describe(weights: Weights) -> str:
     """What `inspect` prints."""
     lines = [format_table(weights.origins), f"layout: {weights.layout}"]
     lines += [f"config.model = {json.dumps(weights.model, indent=2)}"]
+    if weights.text:
+        lines += [f"config.task.text = {json.dumps(weights.text, indent=2)}"]
     lines += [
         f"assumed, as the file does not say it: {name} = "
         f"{weights.model[name]!r} (--set {name}=...)"
@@ -65,7 +68,8 @@ def main() -> None:
         )
         print(describe(weights))
         if options.command == "convert":
-            write(pathlib.Path(options.folder), weights.model, weights.params)
+            images = {k: v for k, v in weights.params.items() if k not in texts.ROOTS}
+            write(pathlib.Path(options.folder), weights.model, images)
             print(f"written: {options.folder}")
     except ConfigError as error:
         sys.exit(f"{options.command}: {error}")

@@ -20,8 +20,9 @@ def to_ours(
     if part:
         index, parts = map(int, part.split("/"))
         value = np.split(value, parts)[index]
-    if how == "rows":
-        return value.reshape(-1, value.shape[-1])
+    if how in ("rows", "table"):
+        rows = value.reshape(-1, value.shape[-1])
+        return rows if how == "rows" else rows[None]
     if how in ("plain", "norm"):
         return value.reshape(-1)
     if how == "pairs":

@@ -12,6 +12,7 @@ A table gives for each of our modules theirs, and how their axes lie:
 | `norm` | [D] | [D], named scale |
 | `plain` | the name is of a tensor, not of a module | [D] |
 | `rows` | the same, [.. D] | [S D] |
+| `table` | the same, [.. D] | [1 S D] |
 | `pairs` | the same, [2 S] | [S 2] |
 | `window` | [out in h w] | [h w in out] |
 
@@ -20,7 +21,7 @@ as it saves, open_clip 3 `transformer.py`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 HALF = (0.5, 0.5, 0.5)
@@ -44,6 +45,7 @@ class Layout:
       signs: Names that a file of this library has after some prefix.
       flax: Whether kernels lie as flax has them, and names are joined with "/".
       ignored: Patterns of names within the encoder that change nothing in what we do.
+      root: Of our parameters; parts that are in HEADS are beside it.
     """
 
     parts: Mapping[str, tuple[str, str]]
@@ -53,6 +55,18 @@ class Layout:
     signs: tuple[str, ...]
     flax: bool = False
     ignored: tuple[str, ...] = ()
+    root: str = "encoder"
+
+
+def find_prefix(layout: Layout, names: Collection[str]) -> str | None:
+    """What stands before the names of a layout in a file; None if it is another."""
+    first, *others = layout.signs
+    prefixes = [name.removesuffix(first) for name in names if name.endswith(first)]
+    for prefix in sorted(prefixes):
+        whole = prefix == "" or prefix[-1] in "./"
+        if whole and all(prefix + other in names for other in others):
+            return prefix
+    return None
 
 
 def _blocks(prefix: str, parts: Mapping[str, tuple[str, str]]) -> dict[str, Any]:

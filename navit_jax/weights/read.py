@@ -9,7 +9,7 @@ from typing import Any
 from navit_jax import paths
 from navit_jax.errors import ConfigError
 from navit_jax.initialise import Origin
-from navit_jax.weights import flax_layouts, layouts, official
+from navit_jax.weights import flax_layouts, layouts, official, texts
 from navit_jax.weights.files import Tensors, read_config, read_tensors
 from navit_jax.weights.reader import Reader
 from navit_jax.weights.sections import check_shapes, infer
@@ -36,10 +36,12 @@ class Weights:
     Attributes:
       layout: Of LAYOUTS.
       model: The section `model` that builds the encoder.
-      params: `encoder`, and `head` or `image_head` where the file has one.
+      params: `encoder`, and `head` or `image_head` where the file has one; of CLIP's
+        texts `text`, `text_head`, `log_scale`.
       origins: Where each parameter comes from, and what is left over; print it with
         `initialise.format_table`.
       assumed: Attributes of the model that the file does not say.
+      text: The section `task.text` that builds CLIP's tower of texts; {} without one.
     """
 
     layout: str
@@ -47,6 +49,7 @@ class Weights:
     params: dict[str, Any]
     origins: list[Origin]
     assumed: list[str]
+    text: dict[str, Any]
 
 
 def read(
@@ -61,9 +64,9 @@ def read(
       grid: Rows and columns of the grid of positions; None: as `config.json` beside it
         says, or a square.
       allow_unused: Patterns of tensors of the encoder that may be left over. What is
-        outside of it, as a tower of texts, always may.
+        outside of it, as a tower of other texts than CLIP's, always may.
       replace: Attributes of the model in place of what is found or assumed, as
-        `activation="gelu"`.
+        `activation="gelu"`, which then is that of the texts too.
 
     Raises:
       ConfigError: the file can not be read, or is of no known layout; a tensor of the
@@ -74,16 +77,20 @@ def read(
     config = read_config(path)
     name, prefix = find_layout(tensors, str(path))
     layout = LAYOUTS[name]
-    reader = Reader(tensors, layout, prefix, config | replace)
+    own = config | config.get("vision_config", {}) | replace
+    reader = Reader(tensors, layout, prefix, own)
     found = reader.collect(grid)
     if name == "sparseformer":
         model, assumed = official.infer(found, replace)
     else:
         model, assumed = infer(found, layout, config, replace)
+    beside = tensors, config, replace, allow_unused, str(path)
+    text, more = texts.take(reader, *beside)
+    reader.record_unused()
     reader.refuse_unused(allow_unused, str(path))
-    params = paths.nest(found)
+    params = {**paths.nest(found), **more}
     check_shapes(model, params["encoder"], str(path))
-    return Weights(name, model, params, reader.origins, assumed)
+    return Weights(name, model, params, reader.origins, assumed, text)
 
 
 def find_layout(tensors: Tensors, path: str) -> tuple[str, str]:
@@ -93,12 +100,9 @@ def find_layout(tensors: Tensors, path: str) -> tuple[str, str]:
       ConfigError: it is none of LAYOUTS.
     """
     for name, layout in LAYOUTS.items():
-        first, *others = layout.signs
-        prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)]
-        for prefix in sorted(prefixes):
-            whole = prefix == "" or prefix[-1] in "./"
-            if whole and all(prefix + other in tensors for other in others):
-                return name, prefix
+        prefix = layouts.find_prefix(layout, tensors)
+        if prefix is not None:
+            return name, prefix
     some = ", ".join(list(tensors)[:5])
     raise ConfigError(
         f"{path}: its names ({some}, ...) are of none of the layouts "

@@ -22,6 +22,7 @@ LEAVES = {
     "norm": {"scale": "weight", "bias": "bias"},
     "plain": {"": ""},
     "rows": {"": ""},
+    "table": {"": ""},
     "pairs": {"": ""},
     "module": {"kernel": "weight", "bias": "bias"},
 }
@@ -46,7 +47,15 @@ class Reader:
         self._used: set[str] = set()
         self._config = config
 
-    def collect(self, grid: Sequence[int] | None) -> dict[str, np.ndarray]:
+    def beside(
+        self, layout: Layout, prefix: str, config: Mapping[str, Any]
+    ) -> "Reader":
+        """A reader of another part of the file; what both take is taken."""
+        other = Reader(self._tensors, layout, prefix, config)
+        other.origins, other._used = self.origins, self._used
+        return other
+
+    def collect(self, grid: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """All parameters by our paths."""
         layout = self._layout
         norm, _ = layout.parts["blocks/norm_1"]
@@ -56,7 +65,7 @@ class Reader:
             depth += 1
         # All of a SparseFormer's first version have 64 heads, of the second 64 wide.
         num_heads = official.num_heads(self._tensors)
-        if layout.positions:
+        if layout.positions or layout.root != "encoder":
             num_heads = self._find_heads(depth)
         found = {}
         for module, (theirs, how) in layout.parts.items():
@@ -77,23 +86,31 @@ class Reader:
                     for n in names
                 ]
                 value = np.stack(values) if "{}" in name else values[0]
-                where = "" if module.split("/")[0] in HEADS else "encoder/"
+                where = "" if module.split("/")[0] in HEADS else f"{layout.root}/"
                 self._take(found, f"{where}{module}/{leaf}".rstrip("/"), value, names)
         self._fit_head(found)
         if layout.positions:
             self._split_positions(found, grid)
         return found
 
+    def take_scalar(self, found: dict[str, np.ndarray], ours: str, name: str) -> None:
+        """Adds a parameter without axes to those found."""
+        self._take(found, ours, self._tensors[name].reshape(()), [name])
+
+    def record_unused(self) -> None:
+        """Puts what is left over among the origins."""
+        for name, value in self._tensors.items():
+            if name not in self._used:
+                shape = tuple(value.shape)
+                self.origins.append(Origin(name, "unused", name, shape))
+
     def refuse_unused(self, allowed: Sequence[str], path: str) -> None:
-        """Records what is left over.
+        """Looks at what is left over.
 
         Raises:
           ConfigError: it is of the encoder, and neither allowed nor without effect.
         """
         unused = [name for name in self._tensors if name not in self._used]
-        for name in unused:
-            shape = tuple(self._tensors[name].shape)
-            self.origins.append(Origin(name, "unused", name, shape))
         patterns = [
             *(re.escape(self._prefix) + each for each in self._layout.ignored),
             *allowed,
@@ -206,7 +223,7 @@ class Reader:
         return [each // side for each in pixels]
 
 
-HEADS = ("head", "image_head")
+HEADS = ("head", "image_head", "text_head")
 
 
 def _fit_grid(

@@ -49,7 +49,7 @@ def infer(
     if "navit_jax" in config:
         return {**config["navit_jax"], **replace}, []
     encoder = {k.removeprefix("encoder/"): v for k, v in found.items()}
-    said = _read(config)
+    said = read_said(config, "vision_config")
     values = dict(layout.assumed)
     if "norm_pre" in str(layout.parts) and "pre_norm/scale" in encoder:
         # timm's CLIP.
@@ -113,8 +113,13 @@ def check_shapes(
         zeros + 1,
         zeros[..., None].repeat(2, -1) + 1,
     )["params"]
+    compare_shapes(wanted, encoder, path)
+
+
+def compare_shapes(wanted: Any, found: Any, path: str) -> None:
+    """Raises ConfigError if a parameter found is not as wanted, see `check_shapes`."""
     asked = {name: leaf.shape for name, leaf in paths.flatten(wanted).items()}
-    given = {name: leaf.shape for name, leaf in paths.flatten(encoder).items()}
+    given = {name: leaf.shape for name, leaf in paths.flatten(found).items()}
     wrong = [
         f"{name}: the model has {asked.get(name, 'none')}, the file "
         f"{given.get(name, 'none')}"
@@ -137,9 +142,13 @@ def _size(encoder: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"size": f"S/{side}", **spec._asdict()}
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configs of transformers, timm and open_clip say."""
-    config = {**config, **config.get("vision_config", {})}
+def read_said(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What the configs of transformers, timm and open_clip say.
+
+    Args:
+      part: The section of transformers' config that says it of this tower.
+    """
+    config = {**config, **config.get(part, {})}
     said: dict[str, Any] = {}
     if act := config.get("hidden_act"):
         said["activation"] = pick("hidden_act", act, NAMES)
