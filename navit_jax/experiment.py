@@ -173,8 +173,20 @@ def build_task(config: Mapping[str, Any], num_classes: int) -> Task:
         _, opened = open_text(config)
         given |= {"vocab_size": opened.vocab_size, "text_length": opened.length}
     task = config_lib.build(section, TASKS, "task", **given)
-    teacher_outputs.check_about(config["data"], getattr(task, "about", dict))
+    teacher_outputs.check_about(config["data"], lambda: about_teacher(config, task))
     return task
+
+
+def about_teacher(config: Mapping[str, Any], task: Any) -> dict[str, Any]:
+    """What a task's teacher says of an image depends on this, the image aside.
+
+    Raises:
+      ConfigError: the task has none.
+    """
+    if (about := getattr(task, "about", None)) is None:
+        raise ConfigError("config.task has no teacher: use name='bootstrapping'")
+    begun = config["model"].get("init") or {"seed": config["seed"]}
+    return {**about(), "init": begun, "square": config["data"].get("square", False)}
 
 
 def open_text(config: Mapping[str, Any]) -> tuple[int, tokenizer.Tokenizer]:

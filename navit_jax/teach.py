@@ -20,7 +20,6 @@ from navit_jax import command_line, compile, data, experiment, sharding
 from navit_jax import config as config_lib
 from navit_jax.batch import PackedBatch
 from navit_jax.data import teacher_outputs
-from navit_jax.errors import ConfigError
 
 
 def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
@@ -39,11 +38,7 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
     mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
     whole = experiment.build_stream(config)
     task: Any = experiment.build_task(config, whole.num_classes)
-    if (about := getattr(task, "about", None)) is None:
-        raise ConfigError(
-            f"config.task.name={config['task']['name']!r} has no teacher: use "
-            "'bootstrapping'"
-        )
+    about = experiment.about_teacher(config, task)
     with jax.set_mesh(mesh):
         params = (
             compile.Program(config, task, whole.example(), mesh).first_state().params
@@ -56,7 +51,7 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
             for _, stream in streams:
                 vectors = run(task.vectors_of_teacher, params, stream, mesh)
                 (read,), _ = data.open_sources({name: source})
-                teacher_outputs.write(out, name, read, vectors, about())
+                teacher_outputs.write(out, name, read, vectors, about)
                 logging.info("%s: %s vectors of %s", out, vectors.shape, name)
 
 

@@ -260,7 +260,8 @@ def test_vectors_of_other_data_another_teacher_or_of_crops_are_refused(tmp_path)
     with pytest.raises(ConfigError, match=r"navit_jax\.teach"):
         experiment.build_stream(changed)
     opened = sources.clipart("validation")
-    about = experiment.build_task({**changed, "data": {}}, 8).about()
+    bare = {**changed, "data": {}}
+    about = experiment.about_teacher(bare, experiment.build_task(bare, 8))
     vectors = np.zeros((len(opened), 32), np.float32)
     teacher_outputs.write(tmp_path, "art", opened, vectors, about)
     assert experiment.build_stream(changed).loader.teacher.width == 32
@@ -269,6 +270,12 @@ def test_vectors_of_other_data_another_teacher_or_of_crops_are_refused(tmp_path)
         experiment.build_task(
             {**changed, "task": {**changed["task"], "teacher_side": 32}}, 8
         )
+    other_weights = {**changed["model"], "init": {"weights": "other.npz"}}
+    with pytest.raises(ConfigError, match=r"another teacher.*other\.npz"):
+        experiment.build_task({**changed, "model": other_weights}, 8)
+    squares = {**changed["data"], "square": True}
+    with pytest.raises(ConfigError, match="another teacher"):
+        experiment.build_task({**changed, "data": squares}, 8)
     cropped = {**changed["data"], "crop": {"name": "inception"}}
     with pytest.raises(ConfigError, match=r"config\.data\.crop"):
         experiment.build_stream({**changed, "data": cropped})
