@@ -19,6 +19,7 @@ CONFIGS = [
     ("configs/ablations/resolution.py", "64"),
     ("configs/bootstrap_smoke.py", "long"),
     ("configs/bootstrap_smoke.py", "plain"),
+    ("configs/contrastive_long.py", "vit_s14"),
     ("configs/folder.py", "/pictures"),
     ("configs/vit_baseline.py", "full"),
     ("configs/navit_classification.py", "variant=L/14,res=56:224"),
