@@ -222,8 +222,8 @@ def convolve(
 ) -> Float[Array, "W s s C"]:
     """As `jax.lax.conv_general_dilated`, for strides of 2 and no padding.
 
-    On a CPU it is a product with unfolded pixels, a few windows at a time: forward and
-    backward pass then take about half as long.
+    On a CPU it is a product with unfolded pixels, a few windows at a time: XLA's own
+    takes more time a window there the more windows there are.
     """
     whole = functools.partial(
         jax.lax.conv_general_dilated,
