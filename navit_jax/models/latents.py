@@ -160,7 +160,8 @@ class Tables(nn.Module):
             return read_tables(table, self.counts, chosen, segment_ids, inside)
 
         size, shared = self.shape.latents, self.shape.shared
-        rois = self.param("rois", lambda _: jnp.asarray(boxes.half_grid(size)))
+        start = boxes.cell_grid if self.shape.glimpse else boxes.half_grid
+        rois = self.param("rois", lambda _: jnp.asarray(start(size)))
         if self.frozen:
             rois = jax.lax.stop_gradient(rois)
         real = (segment_ids > 0)[..., None]

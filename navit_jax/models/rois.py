@@ -37,6 +37,14 @@ def half_grid(count: int) -> Float32[np.ndarray, "count 4"]:
     return np.concatenate([corner, corner + 0.5], -1).astype(np.float32)
 
 
+def cell_grid(count: int) -> Float32[np.ndarray, "count 4"]:
+    """The cells of a grid of `factor`, side by side; x is the slow index."""
+    columns, rows = factor(count)
+    x, y = np.meshgrid(np.arange(columns), np.arange(rows), indexing="ij")
+    cells = np.stack([x.ravel(), y.ravel(), x.ravel() + 1, y.ravel() + 1], -1)
+    return (cells / (columns, rows, columns, rows)).astype(np.float32)
+
+
 def _starts(num: int) -> np.ndarray:
     return np.linspace(0, 0.5, num) if num > 1 else np.array([0.25])
 

@@ -16,19 +16,21 @@ Parameters, float32, a plain nested dict:
   stages       [R focus_width] (v2)
   transition   kernel [focus_width D], bias [D]; transition_norm (v1)
   refocusing   of `focusing.Unit`, at width D
+  glimpses     of `glimpses.Glimpses` (with shape.glimpse)
   class_token  [1 D] (v2)
-  pre_norm     (with pre_norm)
   blocks       as those of NaViT, stacked on axis 0
-  norm         scale and bias [D]
+  norm         scale and bias [D]; so is pre_norm, before blocks (with pre_norm)
   projection   kernel [D projection] (CLIP)
 """
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int, Key, UInt8
 
@@ -38,6 +40,7 @@ from navit_jax.models.device_rows import keep_rows
 from navit_jax.models.dropout import Draws, draw
 from navit_jax.models.feature_maps import CUTS, Maps, Stem
 from navit_jax.models.focusing import BRANCHES, INIT, State, View, build_unit
+from navit_jax.models.glimpses import Glimpses, lay_pixels
 from navit_jax.models.latents import Tables, allot, by_image, place
 from navit_jax.models.layers import layer_norm
 from navit_jax.models.sampling import prepare
@@ -151,9 +154,8 @@ class SparseFormer(nn.Module):
         """
         shape, patch = named(self.size, {**self.shape, "num_classes": 0})
         counts = self.allowed[:1] if self.allot == "fixed" else self.allowed
-        each = sum(token_macs(shape, count) for count in counts) / len(counts)
-        stem = stem_macs(shape, patch, patch)
-        return float(2 * (images * each + tokens * stem))
+        each = np.mean([token_macs(shape, count) for count in counts])
+        return float(2 * (images * each + tokens * stem_macs(shape, patch, patch)))
 
     @nn.compact
     def __call__(
@@ -192,8 +194,7 @@ class SparseFormer(nn.Module):
         chosen = allot(self.allot, counts, room, num_tokens, image_keys)
         num_latents = jnp.where(num_tokens > 0, jnp.array(counts)[chosen], 0)
         ids, inside = place(num_latents, room)
-
-        maps = self._maps(patches, coords, segment_ids, grids)
+        maps, pictures = self._maps(patches, coords, segment_ids, grids)
         tables = Tables(shape, counts, self.freeze_roi, self.roi_clamp, name="tables")
         tokens, rois = tables(chosen, ids, inside)
         state = State(keep_rows(tokens.astype(dtype)), rois)
@@ -206,34 +207,39 @@ class SparseFormer(nn.Module):
             if stages is not None:
                 tokens = state.tokens + stages[repeat].astype(dtype)
                 state = state._replace(tokens=tokens)
-            seen.append(focus(state, view, _step(draws, repeat)))
-            state = seen[-1]
-
+            state = focus(state, view, jax.tree.map(itemgetter(repeat), draws))
+            seen.append(state)
         dense = nn.Dense(shape.width, kernel_init=INIT, dtype=dtype, name="transition")
         tokens = dense(state.tokens)
         if shape.transition_norm:
             tokens = layer_norm(tokens, True, dtype, "transition_norm", shape.eps)
         state = state._replace(tokens=keep_rows(tokens))
         refocus = build_unit(self, "refocusing", dtype)
-        seen.append(refocus(state, view, _step(draws, shape.repeats)))
-        out = self._encode(seen[-1].tokens, ids, N, image_keys, dtype)
+        last = jax.tree.map(itemgetter(shape.repeats), draws)
+        seen.append(refocus(state, view, last))
+        tokens, rois, *_ = seen[-1]
+        if shape.glimpse:
+            how = shape, self.lookup, self.gradient_clamp, dtype
+            tokens = Glimpses(*how, name="glimpses")(tokens, rois, ids, pictures)
+        out = self._encode(tokens, ids, N, image_keys, dtype)
         out |= {"latent_ids": ids, "num_latents": num_latents}
         if self.capture:
-            out["rois"] = jnp.stack([each.looked for each in seen], 1)
-            out["points"] = jnp.stack([each.points for each in seen], 1)
-            looks = by_image(out["rois"], out["points"], num_latents, max(counts))
-            out["looks"] = looks
+            rois = jnp.stack([each.looked for each in seen], 1)
+            points = jnp.stack([each.points for each in seen], 1)
+            looks = by_image(rois, points, num_latents, max(counts))
+            out |= {"rois": rois, "points": points, "looks": looks}
         return out
 
-    def _maps(self, *row: Array) -> Maps:
-        """Of what the call takes of a row."""
+    def _maps(self, *row: Array) -> tuple[Maps, Maps]:
+        """Of what the call takes of a row: those of the stem, and of its pixels."""
         (shape, patch), dtype = named(self.size, self.shape), stack.DTYPES[self.dtype]
         cut = pick("model.maps", self.maps, CUTS)
         pixels, maps = cut(*row, patch, self.max_side)
         mean, std = shape.pixel_mean, shape.pixel_std
         stem = Stem(shape.channels, mean, std, dtype, name="stem")
         cells = keep_rows(stem(pixels, maps, patch * row[3]))
-        return prepare(maps._replace(cells=cells), self.lookup)
+        pictures = lay_pixels(pixels, maps, row[3], patch, shape)
+        return prepare(maps._replace(cells=cells), self.lookup), pictures
 
     def _draw(self, keys: Array | None, ids: Array) -> Draws:
         """Of all units and blocks; the rate grows over them, repeats counted."""
@@ -254,7 +260,7 @@ class SparseFormer(nn.Module):
             own = self.param("class_token", init, (1, shape.width)).astype(dtype)
             tokens, rows, _ = special_tokens.insert(tokens, ids, own, num_slots)
         draws = self._draw(keys, rows)
-        draws = {k: v[shape.repeats + 1 :] for k, v in draws.items()}
+        draws = jax.tree.map(itemgetter(slice(shape.repeats + 1, None)), draws)
         if shape.pre_norm:
             tokens = layer_norm(tokens, True, dtype, "pre_norm", shape.eps)
         blocks = stack.build_blocks(self, "model", dtype, INIT)
@@ -275,15 +281,9 @@ class SparseFormer(nn.Module):
         if shape.class_token:
             out["class"] = out["pooled"]
         if shape.projection:
-            dense = nn.Dense(
-                shape.projection, use_bias=False, dtype=dtype, name="projection"
-            )
+            dense = nn.Dense(shape.projection, False, dtype, name="projection")
             out["projected"] = dense(out["pooled"])
         return out
-
-
-def _step(draws: Draws, step: int) -> Draws:
-    return {name: value[step] for name, value in draws.items()}
 
 
 def num_parameters(name: str) -> int:

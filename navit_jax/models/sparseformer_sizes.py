@@ -42,6 +42,11 @@ class Shape(NamedTuple):
       activation, eps, layer_scale: As in `layers.Block`, of the blocks.
       pre_norm: Whether tokens are normalised before the blocks (CLIP).
       projection: Width of the projection of what is pooled; 0 for none.
+      glimpse: Points a side that each token reads of the picture in its last box, as a
+        patch of the ViT that its blocks are from: `glimpses.Glimpses`; 0 for none. With
+        it boxes start side by side.
+      glimpse_pool: Pixels a side whose mean is one point's.
+      table: Entries a side of that ViT's table of positions.
       num_classes: Of the head that the name's parameters are counted with.
       pixel_mean, pixel_std: As in `navit.normalise`.
     """
@@ -73,6 +78,9 @@ class Shape(NamedTuple):
     layer_scale: float = 0.0
     pre_norm: bool = False
     projection: int = 0
+    glimpse: int = 0
+    glimpse_pool: int = 1
+    table: int = 37
     num_classes: int = 0
     pixel_mean: tuple[float, ...] = IMAGENET[0]
     pixel_std: tuple[float, ...] = IMAGENET[1]
@@ -231,7 +239,7 @@ def token_macs(shape: Shape, count: int | float) -> int | float:
             * count
             * sum(_operation(shape, name, width, count) for name in operations)
         )
-    total += count * shape.focus_width * shape.width
+    total += count * (shape.focus_width + 3 * shape.glimpse**2) * shape.width
     tokens = count + shape.class_token
     D = shape.width
     block = 4 * D * D + 2 * D * shape.mlp + 2 * tokens * D
