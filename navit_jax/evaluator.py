@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from navit_jax import data, experiment, judges, sharding, text_embedder
+from navit_jax import data, experiment, judges, reporting, sharding, text_embedder
 from navit_jax.batch import PackedBatch
 from navit_jax.data.plan import Plan
 from navit_jax.data.quality import SHRUNK, Named
@@ -159,7 +159,7 @@ class Evaluator:
         num_images = num_tokens = shrunk = 0
         seconds: list[float] = []
         rows = sharding.local_rows(self.mesh, stream.plan.rows)
-        for host, info in stream.batches(rows):
+        for host, info in reporting.watch(stream, name, rows):
             if stop():
                 return {}
             judged, taken = self._time(params, host, judge)

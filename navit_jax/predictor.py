@@ -20,6 +20,7 @@ from navit_jax import (
     data,
     experiment,
     models,
+    reporting,
     run_folder,
     sharding,
     text_embedder,
@@ -197,7 +198,7 @@ class Predictor:
         if not len(images):
             return
         stream, shrunk = self._stream(images, law, upscale), Named(SHRUNK, WARNING)
-        for host, info in stream.batches(np.arange(stream.plan.rows)):
+        for host, info in reporting.watch(stream, "pictures"):
             # Not around the yield: whoever asks would go on under this mesh.
             with jax.set_mesh(self.mesh):
                 batch = sharding.place(host, self.mesh)

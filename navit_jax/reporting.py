@@ -6,15 +6,17 @@ import json
 import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from navit_jax.batch import BatchInfo, PackedBatch
 from navit_jax.errors import CheckpointError
 
 
@@ -167,6 +169,24 @@ class Clock:
         passed, self.last = now - self.last - seconds_aside, now
         pace = (now - self.begun) / max(step - self.begun_step, 1)
         return passed, pace * (self.steps - step)
+
+
+def watch(
+    stream: Any, title: str, rows: Any = None
+) -> Iterator[tuple[PackedBatch, BatchInfo]]:
+    """Batches of one pass, with a bar of images and time left where it takes a while.
+
+    Args:
+      stream: A `data.Stream` of an evaluation.
+      rows: As in its `batches`; None is all rows.
+    """
+    rows = np.arange(stream.plan.rows) if rows is None else rows
+    total, hosts = sum(map(len, stream.plan.tables)), jax.process_count()
+    quiet = jax.process_index() > 0
+    with tqdm.tqdm(total=total, desc=title, unit="img", delay=5, disable=quiet) as bar:
+        for host, info in stream.batches(rows):
+            yield host, info
+            bar.update(hosts * int(host.image_mask.sum()))
 
 
 def progress_line(step: int, steps: int, left: float, values: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
-from navit_jax import command_line, compile, data, experiment, sharding
+from navit_jax import command_line, compile, data, experiment, reporting, sharding
 from navit_jax import config as config_lib
 from navit_jax.batch import PackedBatch
 from navit_jax.data import teacher_outputs
@@ -76,7 +76,8 @@ def run(
         out_shardings=everywhere,
     )
     found: np.ndarray | None = None
-    for host, info in stream.batches(sharding.local_rows(mesh, stream.plan.rows)):
+    rows = sharding.local_rows(mesh, stream.plan.rows)
+    for host, info in reporting.watch(stream, "teacher", rows):
         placed = sharding.place(host, mesh)
         vectors, index, there = jax.device_get(compute(params, placed))
         if found is None:

@@ -1,8 +1,11 @@
+import io
 import math
 import struct
 import types
 
+import numpy as np
 import pytest
+import tqdm
 from etils import epath
 from tensorboardX.proto import event_pb2
 
@@ -116,3 +119,23 @@ def run_progress(workdir, peak):
         gathered.add(step, info, place, metrics)
     gathered.close()
     return reporting.read_metrics(epath.Path(workdir))[-1]
+
+
+def test_a_long_pass_over_pictures_tells_how_many_there_are_and_how_many_are_done(
+    monkeypatch,
+):
+    told, masks = io.StringIO(), ([[1, 1, 0]], [[1, 0, 0]])
+    hosts = [types.SimpleNamespace(image_mask=np.array(mask)) for mask in masks]
+    stream = types.SimpleNamespace(
+        plan=types.SimpleNamespace(rows=1, tables=[np.zeros((2, 2)), np.zeros((1, 2))]),
+        batches=lambda rows: zip(hosts, "ab", strict=True),
+    )
+
+    def bar(**given):
+        return tqdm.tqdm(**(given | {"delay": 0, "file": told}))
+
+    monkeypatch.setattr(reporting, "tqdm", types.SimpleNamespace(tqdm=bar))
+    passed = reporting.watch(stream, "pictures")
+    assert [each for _, each in passed] == ["a", "b"]
+    first, *_, last = told.getvalue().split("\r")[1:]
+    assert ("pictures" in first, "0/3" in first, "3/3" in last) == (True, True, True)
