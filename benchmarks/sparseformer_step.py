@@ -36,6 +36,7 @@ LOOKUP = flags.DEFINE_string("lookup", "auto", "Of a SparseFormer")
 DEVICES = flags.DEFINE_integer("devices", 1, "That share the cores of a CPU, and rows")
 DTYPE = flags.DEFINE_string("dtype", "float32", "Of all models")
 REMAT = flags.DEFINE_string("remat", "light", "What a SparseFormer's backward keeps")
+ATTENTION = flags.DEFINE_string("attention", "auto", "Of a SparseFormer")
 
 SMALL = {
     "latents": 4, "channels": 8, "points": 4, "out_points": 4, "focus_width": 64,
@@ -86,7 +87,7 @@ def config(name: str, batch: PackedBatch, **model: Any) -> dict[str, Any]:
         "maps": MAPS.value,
         "lookup": LOOKUP.value,
         "remat": REMAT.value,
-        "attention": "dense",
+        "attention": ATTENTION.value,
         "dtype": DTYPE.value,
     } | {**model, "shape": {**small, **model.get("shape", {})}}
     return found

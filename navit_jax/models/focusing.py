@@ -27,7 +27,7 @@ from navit_jax.models import sampling
 from navit_jax.models.choices import pick
 from navit_jax.models.dropout import Draws, residual
 from navit_jax.models.feature_maps import Maps, take
-from navit_jax.models.layers import Attention, Mlp, layer_norm
+from navit_jax.models.layers import Attention, Mlp, gelu, layer_norm
 from navit_jax.models.sparseformer_sizes import Shape
 from navit_jax.models.stack import REMAT
 
@@ -129,7 +129,7 @@ class Unit(nn.Module):
         x = unit_norm(state.tokens, "adjustment_norm", self.shape.eps)
         if self.shape.deep_adjust:
             x = nn.Dense(x.shape[-1], kernel_init=INIT, name="adjustment_hidden")(x)
-            x = nn.gelu(x, approximate=False)
+            x = gelu(x)
         logits = nn.Dense(4, use_bias=False, kernel_init=ZERO, name="adjustment")(x)
         if self.shape.drop_adjust:
             logits = residual(logits, ADJUST, draws, 0.0)
@@ -175,30 +175,24 @@ class Unit(nn.Module):
     ) -> Float[Array, "B Q D"]:
         B, Q, S, C = sampled.shape
         D, R = tokens.shape[-1], self.shape.out_points
+        # In one line, as in `layers.Mlp`.
         x = unit_norm(tokens, "mixing_norm", self.shape.eps).astype(self.dtype)
         x = nn.Dense(
             self.shape.find_rank(D), kernel_init=INIT, dtype=self.dtype, name="down"
-        )(x)
-        x = nn.Dense(
-            C * C + R * S,
-            kernel_init=ZERO,
-            bias_init=_two_matrices(C, S, R),
-            dtype=self.dtype,
-            name="generator",
-        )(x)
-        channels = x[..., : C * C].reshape(B, Q, C, C)
-        points = x[..., C * C :].reshape(B, Q, R, S)
-        mixed = jnp.einsum("BQSC,BQCE->BQSE", sampled, channels)
+        )(x.reshape(-1, D))
+        channels, points = Generator(C, S, R, self.dtype, name="generator")(x)
+        mixed = sampled.reshape(-1, S, C) @ channels
         if self.shape.mixing_bias:
             bias = self.param("channel_bias", ZERO, (C,))
             # The second version has neither this bias nor this activation.
-            mixed = nn.gelu(mixed + bias.astype(self.dtype), approximate=False)
-        mixed = jnp.einsum("BQRS,BQSC->BQRC", points, mixed)
+            mixed = gelu(mixed + bias.astype(self.dtype))
+        mixed = points @ mixed
         if self.shape.mixing_bias:
             bias = self.param("point_bias", ZERO, (R,))
             mixed += bias.astype(self.dtype)[:, None]
-        mixed = nn.gelu(mixed, approximate=False).reshape(B, Q, R * C)
-        return nn.Dense(D, kernel_init=INIT, dtype=self.dtype, name="mixed")(mixed)
+        mixed = gelu(mixed).reshape(-1, R * C)
+        dense = nn.Dense(D, kernel_init=INIT, dtype=self.dtype, name="mixed")
+        return dense(mixed).reshape(B, Q, D)
 
     def _add(self, state: State, branch: Array, which: int, draws: Draws) -> State:
         tokens = state.tokens + residual(branch, which, draws, 0.0)
@@ -226,15 +220,37 @@ def unit_norm(x: Float[Array, "B Q D"], name: str, eps: float) -> Float[Array, "
     return norm(x)
 
 
-def _two_matrices(C: int, S: int, R: int) -> Any:
-    """Bias of the generator: matrices of channels and points, each Xavier-uniform."""
+class Generator(nn.Module):
+    """Matrices of channels and of points for each vector, as a dense layer has them.
 
-    def init(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
+    Its kernel is cut rather than what it makes, which is far larger.
+    """
+
+    channels: int
+    points: int
+    out_points: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N K"]
+    ) -> tuple[Float[Array, "N C C"], Float[Array, "N R S"]]:
+        """[C C], then [R S], of each vector."""
+        C, S, R = self.channels, self.points, self.out_points
+        size = C * C + R * S
+        kernel = self.param("kernel", ZERO, (x.shape[-1], size))
+        bias = self.param("bias", self._two_matrices, (size,))
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        channels = x @ kernel[:, : C * C] + bias[: C * C]
+        points = x @ kernel[:, C * C :] + bias[C * C :]
+        return channels.reshape(-1, C, C), points.reshape(-1, R, S)
+
+    def _two_matrices(self, key: Any, shape: Any) -> Array:
+        """Xavier-uniform each."""
         keys, draw = jax.random.split(key), nn.initializers.xavier_uniform()
-        parts = [draw(keys[0], (C, C), dtype), draw(keys[1], (S, R), dtype)]
+        sizes = (self.channels, self.channels), (self.points, self.out_points)
+        parts = [draw(k, size) for k, size in zip(keys, sizes, strict=True)]
         return jnp.concatenate([part.ravel() for part in parts]).reshape(shape)
-
-    return init
 
 
 def build_unit(tower: Any, name: str, dtype: Any) -> nn.Module:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -16,9 +18,16 @@ from navit_jax.models.choices import pick
 from navit_jax.models.dropout import Draws, residual
 from navit_jax.models.rope import rotate
 
+
+def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Exact GELU, by erf: by erfc the gradient takes twice as long on a CPU."""
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     # OpenAI's CLIP.
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
