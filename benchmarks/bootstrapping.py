@@ -10,7 +10,9 @@ hold 95 %, by near-duplicate group, of scenes by scene.
 vector, the mean of its patches, and both. `--tiny` is for a test.
 """
 
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import bootstrapping_cases as cases
@@ -28,7 +30,7 @@ from navit_jax.metrics import interval_by_group
 from navit_jax.predictor import Predictor
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run", required=True)
-PLAIN = flags.DEFINE_string("plain", "", "Folder of a run whose student is a plain ViT")
+PLAIN = flags.DEFINE_list("plain", [], "Folders of runs whose students are plain ViTs")
 SOURCES = flags.DEFINE_list("source", ["clipart"], "clipart, composites or both")
 SPLIT = flags.DEFINE_string("split", "test", "Of the sources")
 FULL = flags.DEFINE_bool("full", False, "The full-size build of the clip art")
@@ -46,7 +48,7 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds")
 REPRESENTATIONS = flags.DEFINE_bool("representations", False, "Judge the teacher's own")
 TINY = flags.DEFINE_bool("tiny", False, "One repeat; probes learn from validation")
 SHOWN = ("centred_cosine", "r1")
-FRONT, PLAIN_NAME = "student, random front", "plain ViT from scratch"
+FRONT = "student, random front"
 HEADER = (
     "", "centred cosine", "own teacher R@1", "cosine", "linear probe", "gap closed",
     "GFLOPs", "images/s",
@@ -54,7 +56,7 @@ HEADER = (
 
 
 def list_cases(
-    run: Predictor, plain: Predictor | None, judged: Judged
+    run: Predictor, plain: Mapping[str, Predictor], judged: Judged
 ) -> dict[str, Case]:
     """All that have parameters, by name, in the order of the table."""
     side, teacher_side = SIDE.value, TEACHER_SIDE.value or SIDE.value
@@ -64,9 +66,10 @@ def list_cases(
     found = {FRONT: cases.open_student(run, side, params=cases.start(run, stream))}
     patch = models.patch_size(run.config["task"]["teacher"]["size"])
     small, few = GRID.value * patch, GRID.value**2
-    if plain is not None:
-        cases.check_teachers(run, plain)
-        found[PLAIN_NAME] = cases.open_student(plain, small)
+    for name, each in plain.items():
+        cases.check_teachers(run, each)
+        own_side = each.config["data"]["resolution"].get("side", small)
+        found[f"plain ViT, {name}"] = cases.open_student(each, own_side)
     num = (side // patch) ** 2
     if few < num:
         name = f"teacher, {few} of its {num} patches"
@@ -97,7 +100,8 @@ def print_table(
     for name, case in found.items():
         vectors[name] = compute(case, judged.section)
         show(f"{title}: {name}")
-    right, probe = {}, Probe(judged)
+    there, agreed = cases.agree(vectors, target)
+    right, probe = {}, Probe(labelled.leave_out(judged, there))
     if judged.train and PROBE.value:
         for name, case in found.items():
             right[name] = probe.fit(compute(case, judged.train), vectors[name])
@@ -108,14 +112,10 @@ def print_table(
     }
     seconds = timing.interleave(calls, 1 if TINY.value else REPEATS.value)
 
-    teacher = vectors[target]
-    unit = teacher / np.linalg.norm(teacher, axis=1, keepdims=True)
-    constant = np.tile(unit.mean(0), (len(unit), 1))
-    print(f"\n{title}, {len(unit)} pictures, next to {target}\n")
+    print(f"\n{title}, {show_count(there)}, next to {target}\n")
     print(f"| {' | '.join(HEADER)} |\n{'|---' * len(HEADER)}|")
-    for name, own in {"constant, the mean vector": constant, **vectors}.items():
-        terms = agreement.compare(own, teacher)
-        cells = [show_interval(terms[k], judged.groups) for k in SHOWN]
+    for name, terms in agreed.items():
+        cells = [show_interval(terms[k], judged.groups[there]) for k in SHOWN]
         cells.append(f"{terms['cosine'].mean():.3f}")
         cells += show_probe(right, name, target, probe.groups)
         if name in found:
@@ -124,6 +124,13 @@ def print_table(
         else:
             cells += ["", ""]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def show_count(there: np.ndarray) -> str:
+    """How many pictures were judged, and how many could not be."""
+    lost = len(there) - there.sum()
+    lacking = f" ({lost} could not be used)" if lost else ""
+    return f"{there.sum()} pictures{lacking}"
 
 
 def show_probe(
@@ -147,7 +154,7 @@ def print_representations(run: Predictor, judged: Judged) -> None:
     if not judged.train:
         raise ConfigError("--representations needs classes: give --source=clipart")
     sides = sorted({SIDE.value, TEACHER_SIDE.value or SIDE.value})
-    probe, found = Probe(judged), {}
+    found = {}
     for side in sides:
         case = cases.open_teacher(run, side, name="both")
         pair = [
@@ -158,6 +165,9 @@ def print_representations(run: Predictor, judged: Judged) -> None:
         parts = {"pooled": np.s_[:, :half], "mean": np.s_[:, half:], "both": np.s_[:]}
         found[side] = {n: [v[part] for v in pair] for n, part in parts.items()}
         show(f"{side} px")
+    there = found[sides[-1]]["both"][1].any(1)
+    probe = Probe(labelled.leave_out(judged, there))
+    print(f"\n{show_count(there)}\n")
     columns = (
         "representation", "side", "linear probe", f"{labelled.NEIGHBOURS} nearest",
         "constant's cosine", f"centred cosine with {sides[-1]} px", "R@1",
@@ -165,11 +175,12 @@ def print_representations(run: Predictor, judged: Judged) -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for side, by_name in found.items():
         for name, (train, own) in by_name.items():
-            terms = agreement.compare(own, found[sides[-1]][name][1])
+            seen, target = own[there], found[sides[-1]][name][1][there]
+            terms = agreement.compare(seen, target)
             cells = [
                 show_interval(probe.fit(train, own), probe.groups),
                 show_interval(probe.find_neighbours(train, own), probe.groups),
-                f"{agreement.compare(own, own)['constant_cosine'].mean():.3f}",
+                f"{agreement.compare(seen, seen)['constant_cosine'].mean():.3f}",
                 *(f"{terms[k].mean():.3f}" for k in SHOWN),
             ]
             print(f"| {name} | {side} | {' | '.join(cells)} |", flush=True)
@@ -195,7 +206,12 @@ def main() -> int:
     run = predictor.restore(WORKDIR.value, None, mesh)
     if not hasattr(run.task, "vectors_of_teacher"):
         raise ConfigError(f"--workdir={WORKDIR.value}: its task has no teacher")
-    plain = predictor.restore(PLAIN.value, None, mesh) if PLAIN.value else None
+    plain = {
+        os.path.basename(os.path.normpath(folder)): predictor.restore(
+            folder, None, mesh
+        )
+        for folder in PLAIN.value
+    }
     for name in SOURCES.value:
         judged = open_judged(name)
         if REPRESENTATIONS.value:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from navit_jax import compile, data, experiment, models, sharding, teach
+from navit_jax import agreement, compile, data, experiment, models, sharding, teach
 from navit_jax.batch import PackedBatch
 from navit_jax.dial import set_latents
 from navit_jax.errors import ConfigError
@@ -136,10 +136,28 @@ def open_stream(case: Case, source: Config, images: int) -> data.Stream:
 
 
 def compute_vectors(case: Case, source: Config, images: int, mesh: Any) -> Vectors:
-    """[M D] of all pictures of a source."""
+    """[M D] of all pictures of a source; 0 of those that can not be used."""
     with jax.set_mesh(mesh):
         stream = open_stream(case, source, images)
         return teach.run(case.encode, case.params, stream, mesh)
+
+
+def agree(
+    vectors: Mapping[str, Vectors], target: str
+) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
+    """How near each comes to the target, and one vector that is always the same.
+
+    Returns:
+      Which pictures could be used [M], as the others have a vector of 0; and by name
+      what `agreement.compare` says of these.
+    """
+    there = np.asarray(vectors[target].any(1))
+    seen = {name: own[there] for name, own in vectors.items()}
+    teacher = seen[target]
+    unit = teacher / np.linalg.norm(teacher, axis=1, keepdims=True)
+    constant = np.tile(unit.mean(0), (len(unit), 1))
+    named = {"constant, the mean vector": constant, **seen}
+    return there, {n: agreement.compare(own, teacher) for n, own in named.items()}
 
 
 def prepare_call(

@@ -49,6 +49,12 @@ def open_composites(split: str, count: int, path: str) -> Judged:
     return Judged(section, np.arange(count), count * [()], {})
 
 
+def leave_out(judged: Judged, there: np.ndarray) -> Judged:
+    """It without the labels of pictures that are not there."""
+    pairs = zip(judged.labels, there.tolist(), strict=True)
+    return judged._replace(labels=[own if seen else () for own, seen in pairs])
+
+
 def read(section: dict[str, Any]) -> Any:
     """The source of a section."""
     ((source,), _) = data.open_sources({"judged": section})
@@ -56,7 +62,10 @@ def read(section: dict[str, Any]) -> Any:
 
 
 class Probe:
-    """What is learned of labelled pictures, judged on others by any of their labels."""
+    """What is learned of labelled pictures, judged on others by any of their labels.
+
+    A vector of 0 is one of a picture that could not be used: nothing is learned of it.
+    """
 
     def __init__(self, judged: Judged):
         """Reads the labels; pictures with several are not learned from."""
@@ -69,19 +78,26 @@ class Probe:
 
     def fit(self, train: Vectors, judged: Vectors) -> np.ndarray:
         """[S] whether a linear probe is right, of labelled pictures."""
-        targets = 2.0 * np.eye(self.classes.max() + 1)[self.classes] - 1
-        weights = linear_probe.fit(train[self.single], targets)
+        train, classes = self._choose(train)
+        targets = 2.0 * np.eye(self.classes.max() + 1)[classes] - 1
+        weights = linear_probe.fit(train, targets)
         return self._judge(linear_probe.predict(judged[self.places], *weights))
 
     def find_neighbours(self, train: Vectors, judged: Vectors) -> np.ndarray:
         """[S] whether most of the nearest, by cosine, have a right class."""
+        train, classes = self._choose(train)
         near, own = (
             v / np.linalg.norm(v, axis=1, keepdims=True)
-            for v in (train[self.single], judged[self.places])
+            for v in (train, judged[self.places])
         )
         order = np.argsort(-(own @ near.T), 1)[:, :NEIGHBOURS]
-        votes = np.eye(self.classes.max() + 1)[self.classes[order]].sum(1)
+        votes = np.eye(self.classes.max() + 1)[classes[order]].sum(1)
         return self._judge(votes.argmax(1))
+
+    def _choose(self, train: Vectors) -> tuple[Vectors, np.ndarray]:
+        """The vectors to learn from, and their classes."""
+        there = train[self.single].any(1)
+        return train[self.single][there], self.classes[there]
 
     def _judge(self, guesses: np.ndarray) -> np.ndarray:
         pairs = zip(guesses.tolist(), self.labels, strict=True)

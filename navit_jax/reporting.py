@@ -182,8 +182,14 @@ def watch(
     """
     rows = np.arange(stream.plan.rows) if rows is None else rows
     total, hosts = sum(map(len, stream.plan.tables)), jax.process_count()
-    quiet = jax.process_index() > 0
-    with tqdm.tqdm(total=total, desc=title, unit="img", delay=5, disable=quiet) as bar:
+    with tqdm.tqdm(
+        total=total,
+        desc=title,
+        unit="img",
+        delay=5,
+        mininterval=2,
+        disable=jax.process_index() > 0,
+    ) as bar:
         for host, info in stream.batches(rows):
             yield host, info
             bar.update(hosts * int(host.image_mask.sum()))

@@ -27,6 +27,7 @@ from navit_jax.data.bad_image import BadImage
 from navit_jax.data.records import Record
 from navit_jax.errors import ConfigError
 from navit_jax.foreground import Look
+from navit_jax.models import latents
 from navit_jax.models import rois as boxes
 
 # Pictures that are drawn, those whose points are pooled, and scenes that are measured.
@@ -62,7 +63,7 @@ def look(
 def start(encoder: models.SparseFormer, count: int) -> Look:
     """What `count` tokens look at before any step of training, at each stage."""
     shape = encoder.full_shape
-    rois = boxes.resize_table(jnp.asarray(boxes.half_grid(shape.latents)), count)
+    rois = boxes.resize_table(jnp.asarray(latents.start_boxes(shape)), count)
     grid = jnp.broadcast_to(boxes.point_grid(shape.points), (1, count, shape.points, 2))
     points = boxes.place_points(rois[None], grid)
     return Look(np.asarray(rois)[None], np.asarray(points))

@@ -95,6 +95,39 @@ def test_probes_learn_of_single_labels_and_judge_what_has_any(
     assert probe.places.tolist() == [0, 2]
 
 
+def test_a_picture_that_can_not_be_used_is_left_out_of_all_rows_and_counted(
+    benchmark_module, monkeypatch
+):
+    cases, labelled = map(benchmark_module, ("bootstrapping_cases", "labelled"))
+    rng = np.random.default_rng(0)
+    vectors = {name: rng.standard_normal((6, 4)) for name in ("student", "teacher")}
+    whole = {name: v[[0, 1, 3, 4, 5]] for name, v in vectors.items()}
+    for v in vectors.values():
+        v[2] = 0
+    there, found = cases.agree(vectors, "teacher")
+    assert there.tolist() == [True, True, False, True, True, True]
+    _, expected = cases.agree(whole, "teacher")
+    assert list(found) == ["constant, the mean vector", "student", "teacher"]
+    for name, terms in found.items():
+        for term, values in terms.items():
+            assert np.isfinite(values).all()
+            np.testing.assert_array_equal(values, expected[name][term])
+
+    monkeypatch.setattr(labelled, "NEIGHBOURS", 1)
+    judged = labelled.Judged({}, np.arange(3), [(0,), (1,), (1,)], {})
+    left = labelled.leave_out(judged, np.array([True, False, True]))
+    probe = labelled.Probe(left)
+    assert probe.groups.tolist() == [0, 2]
+    probe.single, probe.classes = np.ones(3, bool), np.array([0, 0, 1])
+    # The second is none of class 0.
+    train, own = (
+        np.array([[1.0, 0], [0, 0], [0, 1]]),
+        np.array([[1.0, 0], [0, 0], [0, 1]]),
+    )
+    assert probe.find_neighbours(train, own).tolist() == [1, 1]
+    assert probe.fit(train, own).tolist() == [1, 1]
+
+
 def test_labels_of_a_split_stand_beside_all_of_its_pictures(benchmark_module):
     labelled = benchmark_module("labelled")
     judged = labelled.open_clipart("validation", False, True)
@@ -123,13 +156,18 @@ def test_runs_are_compared_where_they_learn_the_same_of_one_teacher(benchmark_mo
 
 @pytest.mark.slow
 def test_a_run_is_judged_beside_its_baselines(tmp_path):
-    config = bootstrapped()
-    config["steps"] = 1
-    train.train({**config, "evals": {}}, epath.Path(tmp_path))
+    config = {**bootstrapped(), "steps": 1, "evals": {}}
+    run, other = tmp_path / "run", tmp_path / "other"
+    train.train(config, epath.Path(run))
+    plain = {
+        "model": config["task"]["teacher"],
+        "task": {**config["task"], "inherit": ()},
+    }
+    train.train({**config, **plain}, epath.Path(other))
     command = [
         sys.executable, "benchmarks/bootstrapping.py", "--tiny", "--side=48",
-        f"--workdir={tmp_path}", "--split=validation", "--teacher_side=64", "--grid=2",
-        "--latents=6",
+        f"--workdir={run}", "--split=validation", "--teacher_side=64", "--grid=2",
+        "--latents=6", f"--plain={other}",
     ]  # fmt: skip
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(
@@ -142,7 +180,7 @@ def test_a_run_is_judged_beside_its_baselines(tmp_path):
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         table[name] = cells
     assert list(table) == [
-        "constant, the mean vector", "student, random front",
+        "constant, the mean vector", "student, random front", "plain ViT, other",
         "teacher, 4 of its 9 patches", "teacher, 32 px", "teacher, 48 px",
         "teacher, 64 px", "student, 4 tokens", "student, 6 tokens",
     ]  # fmt: skip

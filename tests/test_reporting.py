@@ -132,7 +132,7 @@ def test_a_long_pass_over_pictures_tells_how_many_there_are_and_how_many_are_don
     )
 
     def bar(**given):
-        return tqdm.tqdm(**(given | {"delay": 0, "file": told}))
+        return tqdm.tqdm(**(given | {"delay": 0, "mininterval": 0, "file": told}))
 
     monkeypatch.setattr(reporting, "tqdm", types.SimpleNamespace(tqdm=bar))
     passed = reporting.watch(stream, "pictures")

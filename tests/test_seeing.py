@@ -1,6 +1,7 @@
 """What a run's SparseFormer looks at is what the report draws and measures."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -25,8 +26,14 @@ def run(tmp_path_factory):
     """A run of which images have 4, 2 or 6 tokens by budget."""
     folder = epath.Path(tmp_path_factory.mktemp("runs")) / "run"
     model = {**MODEL, "counts": (4, 2, 6), "allot": "budget", "latents": 24}
-    config = tiny.config(steps=1, evals={"<b>held out": SET}, model=model)
+    config = tiny.config(steps=1, model=model)
     assert train.train(config, folder) == 0
+    # Given afterwards, so that training does not stop to judge.
+    judged = {"step": 1, "eval/<b>held out_48/accuracy": 0.5}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(judged) + "\n")
+    evals = {"<b>held out": SET}
+    (folder / "config.json").write_text(json.dumps({**config, "evals": evals}))
     return folder
 
 
@@ -49,9 +56,11 @@ def test_each_image_looks_where_its_tokens_of_the_row_look(version):
     assert len(counts - {0}) > 1
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_before_training_every_stage_looks_where_a_start_looks(version):
-    model = small.build(version, capture=True)
+@pytest.mark.parametrize(
+    "version, shape", [("v1", {}), ("v2", {}), ("v2", {"glimpse": 2})]
+)
+def test_before_training_every_stage_looks_where_a_start_looks(version, shape):
+    model = small.build(version, shape, capture=True)
     out = small.apply(model, params=small.untrained(model))
     first = seeing.start(model, 4)
     real = np.asarray(out["latent_ids"])[0] == 2

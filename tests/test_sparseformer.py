@@ -36,16 +36,16 @@ def weigh(model, pooled=0.0, last=0.0):
 
 
 @pytest.mark.parametrize(
-    "version, attributes, alone",
+    "version, shape, attributes, alone",
     [
-        ("v1", {"allot": "drawn", "counts": (4, 1, 2, 6), "drop_path": 0.5}, 1e-5),
-        ("v2", {"maps": "canvas", "max_side": 6}, 1e-5),
+        ("v1", {}, {"allot": "drawn", "counts": (4, 1, 2, 6), "drop_path": 0.5}, 1e-5),
+        ("v2", {"glimpse": 2}, {"maps": "canvas", "max_side": 6}, 1e-5),
         # The number of its tokens is all that may follow from others.
-        ("v2", {"allot": "budget", "counts": (1, 2, 4, 9), "latents": 16}, np.inf),
+        ("v2", {}, {"allot": "budget", "counts": (1, 2, 4, 9), "latents": 16}, np.inf),
     ],
 )
-def test_sparseformer_is_isolated(version, attributes, alone):
-    model = build(version, ONCE, gradient_clamp=100.0, **attributes)
+def test_sparseformer_is_isolated(version, shape, attributes, alone):
+    model = build(version, ONCE | shape, gradient_clamp=100.0, **attributes)
     params = start(model)
 
     def pooled(batch):

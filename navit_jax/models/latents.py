@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from navit_jax.errors import ConfigError
 from navit_jax.models import rois as boxes
@@ -109,6 +110,12 @@ def read_tables(
     return jnp.einsum("BQT,TD->BQD", each, tables, precision="highest")
 
 
+def start_boxes(shape: Shape) -> Float32[np.ndarray, "T 4"]:
+    """The boxes of a shape's tables before training."""
+    grid = boxes.cell_grid if shape.glimpse else boxes.half_grid
+    return grid(shape.latents)
+
+
 def by_image(
     rois: Float[Array, "B R Q 4"],
     points: Float[Array, "B R Q S 2"],
@@ -160,8 +167,7 @@ class Tables(nn.Module):
             return read_tables(table, self.counts, chosen, segment_ids, inside)
 
         size, shared = self.shape.latents, self.shape.shared
-        start = boxes.cell_grid if self.shape.glimpse else boxes.half_grid
-        rois = self.param("rois", lambda _: jnp.asarray(start(size)))
+        rois = self.param("rois", lambda _: jnp.asarray(start_boxes(self.shape)))
         if self.frozen:
             rois = jax.lax.stop_gradient(rois)
         real = (segment_ids > 0)[..., None]
