@@ -176,6 +176,40 @@ def test_cells_of_bfloat16_are_weighed_and_their_gradients_summed_in_float32(
     np.testing.assert_allclose(by_cell, expected, rtol=1e-2)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_have_the_dtypes_of_what_they_are_of(implementation):
+    maps, points = cut(PICTURES), jnp.asarray(POINTS, jnp.float32)
+
+    def read(cells, points):
+        return lookup(maps._replace(cells=cells), points, "zeros", implementation)
+
+    given = maps.cells.astype(jnp.bfloat16), points
+    found, pull = jax.vjp(read, *given)
+    assert found.dtype == jnp.float32
+    assert [g.dtype for g in pull(found)] == [g.dtype for g in given]
+
+
+def test_auto_is_chosen_by_the_devices_of_the_mesh_and_not_by_the_host():
+    maps, points = cut(PICTURES), jnp.asarray(POINTS, jnp.float32)
+
+    def lower(implementation, platform):
+        def read(cells, points):
+            given = maps._replace(cells=cells)
+            return lookup(given, points, "zeros", implementation)
+
+        device = jax.sharding.AbstractDevice("", None, platform)
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            lowered = jax.jit(read).trace(maps.cells, points)
+        return lowered.lower(lowering_platforms=(platform,)).as_text()
+
+    for platform, expected in (
+        ("tpu", "neighbours"), ("cuda", "gather"), ("cpu", "gather")
+    ):  # fmt: skip
+        assert lower("auto", platform) == lower(expected, platform), platform
+    assert lower("gather", "tpu") != lower("neighbours", "tpu")
+
+
 def test_unknown_choices_are_named():
     maps, points = cut(PICTURES), jnp.asarray(POINTS, jnp.float32)
     with pytest.raises(ConfigError, match=r"config.model.lookup='gahter': .*'gather'"):

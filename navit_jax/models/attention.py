@@ -17,7 +17,7 @@ from navit_jax.errors import ConfigError
 from navit_jax.models import attention_kernels
 from navit_jax.models.attention_blocks import blocks
 from navit_jax.models.choices import pick
-from navit_jax.models.device_rows import free_axes, row_axes
+from navit_jax.models.device_rows import find_platform, free_axes, row_axes
 
 HEAD_AXIS = "tensor"
 
@@ -57,7 +57,7 @@ def packed_attention(
       ConfigError: an unknown implementation, one that is not causal, or a kernel of
         another backend.
     """
-    platform = _platform()
+    platform = find_platform()
     if causal:
         if implementation not in ("auto", "dense"):
             raise ConfigError(
@@ -108,14 +108,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 KERNELS = {"splash": "tpu", "mha": "gpu"}
 AUTO = {"cpu": "blocks", "tpu": "splash"}
-
-
-def _platform() -> str:
-    """Where this will run: the backend of the mesh, if there is one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    # A device calls itself gpu in some versions of jax, cuda or rocm in others.
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _hiding_padding(attend: Attend) -> Attend:

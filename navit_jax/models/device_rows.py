@@ -1,4 +1,6 @@
-"""Tells which axes of the current mesh split the rows of a batch, and keeps them so."""
+"""Tells what the current mesh is of, which of its axes split the rows of a batch, and
+keeps them so.
+"""
 
 import math
 
@@ -8,6 +10,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 ROW_AXES = ("replica", "fsdp")
+
+
+def find_platform() -> str:
+    """Where this will run: "cpu", "gpu", "tpu"; of the mesh, if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
+    # A device calls itself gpu in some versions of jax, cuda or rocm in others.
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def free_axes() -> dict[str, int]:

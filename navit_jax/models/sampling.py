@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from navit_jax.models.choices import pick
+from navit_jax.models.device_rows import find_platform
 from navit_jax.models.feature_maps import Maps, find_origins, take
 
-# By backend; others as "gpu".
+# By platform; others as "gpu".
 AUTO = {"cpu": "gather", "gpu": "gather", "tpu": "neighbours"}
 # Latent tokens whose weights over all cells `matmul` holds at once.
 CHUNK = 8
@@ -105,10 +106,13 @@ def _shift(
 
 
 def choose(implementation: str) -> str:
-    """The implementation that "auto" stands for here."""
+    """The implementation that "auto" stands for on the devices of the mesh.
+
+    Not `jax.lax.platform_dependent`: what `prepare` gives differs in shape.
+    """
     if implementation != "auto":
         return implementation
-    return AUTO.get(jax.default_backend(), AUTO["gpu"])
+    return AUTO.get(find_platform(), AUTO["gpu"])
 
 
 def _gather(
@@ -117,8 +121,8 @@ def _gather(
     cells, weights = _weigh_corners(taps.below, taps)
     slots = jnp.broadcast_to(slots[..., None, None], cells.shape[:-1])
     # One gather, whose gradient is one scatter into one map of zeros, not four.
-    values = take(_flatten(maps), _index(maps, slots, cells[..., 0], cells[..., 1]))
-    return _combine(weights, values)
+    index = _index(maps, slots, cells[..., 0], cells[..., 1])
+    return _combine(_flatten(maps), index, weights)
 
 
 def _neighbours(
@@ -127,27 +131,38 @@ def _neighbours(
     # The corner of four cells that are in the map, but where it has one row or column.
     corner = jnp.clip(taps.below, 0, jnp.maximum(taps.sizes - 2, 0))
     slots = jnp.broadcast_to(slots[..., None], corner.shape[:-1])
-    values = take(_flatten(maps), _index(maps, slots, corner[..., 0], corner[..., 1]))
-    values = values.reshape(*values.shape[:-1], len(CORNERS), -1)
-    return _combine(_weigh_corners(corner, taps)[1], values)
+    index = _index(maps, slots, corner[..., 0], corner[..., 1])
+    return _combine(_flatten(maps), index, _weigh_corners(corner, taps)[1])
 
 
 @jax.custom_vjp
 def _combine(
-    weights: Float[Array, "B Q K 4"], values: Float[Array, "B Q K 4 C"]
+    cells: Float[Array, "B F _"],
+    index: Int[Array, "B Q K *corners"],
+    weights: Float[Array, "B Q K 4"],
 ) -> Float[Array, "B Q K C"]:
+    """The weighted sum of four cells, which are read one by one or all at once.
+
+    The gradient of cells is summed in float32, whatever their dtype.
+    """
+    return _combine_forward(cells, index, weights)[0]
+
+
+def _combine_forward(cells: Array, index: Array, weights: Array) -> tuple[Array, Any]:
+    values = take(cells, index).reshape(*weights.shape, -1)
     parts = [weights[..., i, None] * values[..., i, :] for i in range(len(CORNERS))]
-    return sum(parts[1:], parts[0])
+    return sum(parts[1:], parts[0]), (cells, index, weights, values)
 
 
-def _combine_forward(weights: Array, values: Array) -> tuple[Array, Any]:
-    return _combine(weights, values), (weights, values)
-
-
-def _combine_backward(kept: Any, gradient: Array) -> tuple[Array, Array]:
-    weights, values = kept
+def _combine_backward(kept: Any, gradient: Array) -> tuple[Array, None, Array]:
+    cells, index, weights, values = kept
     of_weights = jnp.einsum("BQKiC,BQKC->BQKi", values, gradient, precision="highest")
-    return of_weights, weights[..., None] * gradient[..., None, :]
+    of_values = weights[..., None] * gradient[..., None, :]
+    wide = jax.ShapeDtypeStruct(cells.shape, of_values.dtype)
+    (of_cells,) = jax.linear_transpose(lambda x: take(x, index), wide)(
+        of_values.reshape(*index.shape, -1)
+    )
+    return of_cells.astype(cells.dtype), None, of_weights
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
