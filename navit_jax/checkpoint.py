@@ -232,11 +232,15 @@ def restore_params(
         path = folder / str(candidate)
         try:
             leaves = records.read(path)["body"]["leaves"]
-            abstract = records.make_abstract(leaves, subtree, path)
+            located = records.locate(leaves, subtree, path)
+            abstract = paths.nest({n: _shape(leaves[at]) for n, at in located.items()})
             places = shardings(abstract) if shardings else _first_device(abstract)
-            wanted = {subtree: jax.tree.map(_place, abstract, places)}
+            placed = paths.flatten(jax.tree.map(_place, abstract, places))
+            wanted = paths.nest({located[name]: leaf for name, leaf in placed.items()})
             restored = saved_steps.read(folder, candidate, wanted)
-            return restored._replace(state=restored.state[subtree])
+            found = paths.flatten(restored.state)
+            state = paths.nest({name: found[at] for name, at in located.items()})
+            return restored._replace(state=state)
         except records.Damaged as error:
             logging.error("CHECKPOINT DAMAGED: %s: %s", path, error)
     raise CheckpointError(
@@ -265,6 +269,10 @@ def _candidates(folder: epath.Path, step: int | str | None) -> list[int]:
     scores = {c: records.score(body, best) for c, body in bodies.items()}
     scored = [candidate for candidate in there if scores.get(candidate) is not None]
     return sorted(scored, key=lambda c: (scores[c], c), reverse=True)
+
+
+def _shape(leaf: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
 
 
 def _place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -78,7 +78,8 @@ class Program:
         if rules:
             copy = functools.partial(inheritance.inherit, rules=rules)
             params = jax.jit(copy, out_shardings=self._shardings.params)(params)
-        ema = jax.tree.map(lambda x: x.copy(), params) if self._options.ema else {}
+        frozen = freeze(self._config, self._task)
+        ema = train_state.start_ema(params, frozen) if self._options.ema else {}
         return dataclasses.replace(state, params=params, ema=ema)
 
     def step(self) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
@@ -117,7 +118,12 @@ class Program:
     def _init(self, key: jax.Array) -> TrainState:
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._example)
         return train_state.init_state(
-            self._task, self._tx, key, batch, self._options.ema
+            self._task,
+            self._tx,
+            key,
+            batch,
+            self._options.ema,
+            freeze(self._config, self._task),
         )
 
 

@@ -147,6 +147,13 @@ def stop_frozen(freeze: Sequence[Any], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(stop, params)
 
 
+def drop_frozen(freeze: Sequence[Any], params: Any) -> Any:
+    """The nested dict of those that are not frozen as a whole."""
+    frozen = find_frozen(freeze, params)
+    leaves = paths.flatten(params)
+    return paths.nest({n: leaf for n, leaf in leaves.items() if frozen[n] is not True})
+
+
 def _still(update: jax.Array, layers: bool | slice) -> jax.Array:
     """The update, nothing for the layers that are frozen."""
     if not isinstance(layers, slice):
@@ -232,9 +239,17 @@ def update_ema(average: Any, params: Any, decay: float) -> Any:
     """The next moving average: decay x average + (1 - decay) x params.
 
     Start it from the initial parameters: then it needs no correction of a bias, and
-    what does not change, as a frozen parameter, stays equal to the bit.
+    what does not change, as a frozen layer, stays equal to the bit.
     """
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+
+
+def fill_ema(average: Any, params: Any) -> Any:
+    """The parameters, each its mean if that is kept: a frozen one is its own."""
+    means = paths.flatten(average)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: means.get(paths.name(path), p), params
+    )
 
 
 OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor}

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from navit_jax import checksums, paths
@@ -94,22 +93,22 @@ def check_leaves(
             )
 
 
-def make_abstract(leaves: Mapping[str, Any], subtree: str, path: epath.Path) -> Any:
-    """The nested dict of shapes and dtypes under `subtree` in a checkpoint.
+def locate(leaves: Mapping[str, Any], subtree: str, path: epath.Path) -> dict[str, str]:
+    """Where each leaf under `subtree` is in a checkpoint, by its path there.
+
+    Of the running mean "ema" those of frozen parameters are not kept: they are these.
 
     Raises:
       CheckpointError: there is no such part.
     """
-    prefix = subtree + "/"
-    found = {
-        name.removeprefix(prefix): jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
-        for name, leaf in leaves.items()
-        if name.startswith(prefix)
-    }
-    if not found:
-        parts = sorted({name.split("/")[0] for name in leaves})
-        raise CheckpointError(f"{path} holds no {subtree!r}; it holds {parts}")
-    return paths.nest(found)
+    parts = {name.split("/")[0] for name in leaves}
+    if subtree not in parts:
+        raise CheckpointError(f"{path} holds no {subtree!r}; it holds {sorted(parts)}")
+    found = {}
+    for part in ["params", "ema"] if subtree == "ema" else [subtree]:
+        prefix = part + "/"
+        found |= {n.removeprefix(prefix): n for n in leaves if n.startswith(prefix)}
+    return found
 
 
 def _digest(body: Any) -> str:

@@ -19,6 +19,7 @@ from navit_jax import (
     evaluator,
     experiment,
     host_signals,
+    optim,
     paths,
     peak_flops,
     reporting,
@@ -224,7 +225,7 @@ class Run:
         due = bool(self.evaluator.streams) and self._due(step, "evaluate_every")
         begun, values = time.monotonic(), {}
         if due and not stopped:
-            params = self.state.ema or self.state.params
+            params = optim.fill_ema(self.state.ema, self.state.params)
             values = self.evaluator.run(params, self.stop.agreed)
         self.owed = due and not values
         if values:

@@ -29,7 +29,7 @@ class TrainState:
       step: Steps done, skipped ones included.
       params: The parameters.
       opt_state: The optimiser's state; it does not count skipped steps.
-      ema: Running mean of the parameters, {} if there is none.
+      ema: Running mean of the parameters that are not frozen; {} if there is none.
       nonfinite: Steps whose loss or gradient was not finite, so changed nothing.
     """
 
@@ -46,17 +46,22 @@ def init_state(
     key: jax.Array,
     batch: PackedBatch,
     ema_decay: float | int = 0.0,
+    freeze: Sequence[Any] = (),
 ) -> TrainState:
-    """A fresh state; `batch` gives shapes only."""
+    """A fresh state; `batch` gives shapes only, `freeze` is as of `optim.compose`."""
     params = task.init(key, batch)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        # A copy: donated buffers must not be shared by two leaves.
-        ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        ema=start_ema(params, freeze) if ema_decay else {},
         nonfinite=jnp.zeros((), jnp.int32),
     )
+
+
+def start_ema(params: Params, freeze: Sequence[Any]) -> Params:
+    """A copy, as donated buffers must not be shared by two leaves."""
+    return jax.tree.map(jnp.copy, optim.drop_frozen(freeze, params))
 
 
 def batch_counts(batch: PackedBatch) -> dict[str, jax.Array]:
@@ -221,7 +226,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay:
-        ema = optim.update_ema(ema, params, ema_decay)
+        ema = optim.update_ema(ema, optim.drop_frozen(freeze, params), ema_decay)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
