@@ -7,6 +7,7 @@ probability, or why it can not be used.
 
 import contextlib
 import csv
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,26 +51,37 @@ def open_table(
 ) -> Iterator[Callable[[Iterable[Sequence[Any]]], None]]:
     """A new file with its first line, and what adds more; each call reaches the disk.
 
+    A table that is there is as it was until the first call.
+
     Raises:
       ConfigError: it can not be written, or not any further, as on a full disk.
     """
+    file: Any = None
 
     def add(lines: Iterable[Sequence[Any]]) -> None:
+        nonlocal file
         with _writing(path):
+            if file is None:
+                file = path.open("w")
+                lines = itertools.chain([columns], lines)
             csv.writer(file).writerows(lines)
             file.flush()
 
-    with _writing(path):
-        file = path.open("w")
     try:
-        add([columns])
+        if path.exists() and path.stat().length:
+            with _writing(path):
+                path.open("a").close()
+        else:
+            add([])
         yield add
     except BaseException:
         with contextlib.suppress(OSError):  # What found no room finds none now.
-            file.close()
+            if file:
+                file.close()
         raise
     with _writing(path):
-        file.close()
+        if file:
+            file.close()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from navit_jax.data.pack import (
     LoadedImage,
     pack_rows,
 )
-from navit_jax.data.pixel_classes import draw_classes
+from navit_jax.data.pixel_classes import check_shape, draw_classes
 from navit_jax.data.rand_augment import augment
 from navit_jax.data.records import Record, Source, cache_folder
 from navit_jax.data.teacher_outputs import TeacherOutputs
@@ -113,10 +113,11 @@ class Loader:
         rows, columns = grid = (int(row.grid[i, 0]), int(row.grid[i, 1]))
         target = rows * self.patch, columns * self.patch
         box, flip = tuple(row.box[i].tolist()), bool(row.flip[i])
+        size = int(row.size[i, 0]), int(row.size[i, 1])
         try:
             pixels, odd = images.read(
                 record.image,
-                (int(row.size[i, 0]), int(row.size[i, 1])),
+                size,
                 target,
                 box=box,
                 flip=flip,
@@ -136,6 +137,7 @@ class Loader:
         content, coords = patches.patchify(pixels, self.patch, chosen)
         classes = NO_CLASSES
         if self.pixel_classes:
+            check_shape(record.objects, size, name)
             classes = draw_classes(record.objects, target, box, flip)[..., None]
             classes, _ = patches.patchify(classes, self.patch, chosen)
         vector = NO_VECTOR

@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from navit_jax.data.images import Box, Size
+from navit_jax.data.images import ASPECT_TOLERANCE, Box, Size
 from navit_jax.data.records import Objects
+from navit_jax.errors import DataError
 
 BACKGROUND, UNKNOWN = 0, 255
 
@@ -39,3 +40,32 @@ def draw_classes(
     image = Image.fromarray(classes[objects.instances])
     resized = image.resize((target[1], target[0]), Image.Resampling.NEAREST, box=window)
     return np.asarray(resized)[:, :: -1 if flip else 1]
+
+
+def check_shape(objects: Objects | None, size: Size, key: str) -> None:
+    """Checks that objects are those of a picture as it stands upright.
+
+    A mask is not turned by the picture's EXIF orientation: whether it is of what is
+    stored or of what is seen, no file says, and half a turn would not show. It may be
+    smaller than the picture.
+
+    Args:
+      size: Of the upright picture.
+      key: Of the record, for messages.
+
+    Raises:
+      DataError: the sides of the mask are in another proportion.
+    """
+    if objects is None:
+        return
+    shape = objects.instances.shape
+    stretch = shape[0] * size[1] / (shape[1] * size[0])
+    # The sides of a smaller mask are rounded.
+    allowed = 1 + max(ASPECT_TOLERANCE, 1 / min(shape))
+    turned = shape == size[::-1] != size
+    if turned or max(stretch, 1 / stretch) > allowed:
+        raise DataError(
+            f"{key} has a mask of {shape} beside a picture that is {size} when it "
+            "stands upright: store the picture upright, without an EXIF orientation, "
+            "or the mask turned as the picture is"
+        )

@@ -14,6 +14,7 @@ from navit_jax.data.composites import Composites
 from navit_jax.data.folders import Folder
 from navit_jax.data.padded import Padded
 from navit_jax.data.records import Record, Selection, Source, StoredSource
+from navit_jax.data.stored import Stored
 
 # Raise it when `images.read_size` answers differently for the same bytes.
 VERSION = 1
@@ -36,14 +37,12 @@ def size_table(
         return source.sizes
     if isinstance(source, Selection):
         return size_table(source.whole, threads, read_size)[source.indices]
-    if isinstance(source, Folder):
+    if isinstance(source, Folder | Stored):
         source = source.pictures()
     return tables.table(source, _kind(read_size), threads)
 
 
-def keep(
-    source: StoredSource, table: UInt16[np.ndarray, "M 2"]
-) -> UInt16[np.ndarray, "M 2"]:
+def keep(source: Stored, table: UInt16[np.ndarray, "M 2"]) -> UInt16[np.ndarray, "M 2"]:
     """As `tables.keep`."""
     return tables.keep(source, _kind(), table)
 

@@ -53,6 +53,10 @@ class Stored:
         parts = [f"{path}[{start}:{start + n}]" for path, start, n in self.parts]
         return ArrayRecordDataSource(parts)
 
+    def pictures(self) -> "Stored":
+        """It without masks, which a scan of sizes need not decode."""
+        return dataclasses.replace(self, mask=None)
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -1,8 +1,9 @@
 """Predicts the pixels of masked patches: a task with one target a token.
 
-Masked patches stay in the row, with the mean colour (0 after normalisation) as content
-and their own position; the loss is the squared error of their pixels (He et al. 2022,
-"Masked autoencoders", section 3, whose encoder sees only the unmasked ones).
+Masked patches stay in the row, with the encoder's mean colour (0 after normalisation)
+as content and their own position; the loss is the squared error of their pixels (He et
+al. 2022, "Masked autoencoders", section 3, whose encoder sees only the unmasked ones),
+which are in [-1, 1] whatever the encoder's own mean and deviation are.
 
 Shapes: B rows, L tokens a row, N image slots a row, P values a patch.
 """
@@ -66,17 +67,23 @@ def choose_masked(
 
 
 class Reconstructor(nn.Module):
-    """An encoder and a linear map of each token to the pixels of its patch."""
+    """An encoder and a linear map of each token to the pixels of its patch.
 
-    encoder: nn.Module
+    Attributes:
+      encoder: Has `pixel_mean` and `pixel_std`, by which it sees pixels.
+    """
+
+    encoder: Any
 
     @nn.compact
     def __call__(
         self, batch: PackedBatch, masked: Bool[Array, "B L"], keys: Any = None
     ) -> dict[str, Any]:
         """`pixels` [B L P] in [-1, 1], the masked ones never seen; the encoder's."""
-        pixels = jnp.where(masked[..., None], 0.0, normalise(batch.patches))
-        out = self.encoder(pixels, batch.coords, batch.segment_ids, batch.grids, keys)
+        encoder = self.encoder
+        own = normalise(batch.patches, encoder.pixel_mean, encoder.pixel_std)
+        pixels = jnp.where(masked[..., None], 0.0, own)
+        out = encoder(pixels, batch.coords, batch.segment_ids, batch.grids, keys)
         predicted = Linear(pixels.shape[-1], name="head")(out["tokens"])
         return {**out, "pixels": predicted.astype(jnp.float32)}
 
