@@ -33,6 +33,7 @@ def variant_config(variant: str, tiny: bool) -> dict[str, Any]:
         config.steps = 2
         config.data.update(rows=2, tokens=128, slots=16)
         config.model.update(width=32, depth=1, num_heads=2, mlp=64)
+        config.model.update(attention="dense", remat="none")  # compiles quickly
         for section in config.evals.values():
             section.update(sides=(64, 128), rows=8)
     return config_lib.resolve(config)

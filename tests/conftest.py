@@ -1,10 +1,12 @@
 """Eight CPU devices, quick compilation, and parsed absl flags for every test."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
 import resource
 import signal
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: unoptimised code takes a third of the time.
@@ -18,6 +20,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "xla"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    # They would compile all that they import, which takes as long as importing it.
+    os.environ["PYTHONPYCACHEPREFIX"] = str(CACHE.parent / "bytecode")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"]
+    sys.dont_write_bytecode = False
 
 import hypothesis  # noqa: E402
 
@@ -38,6 +45,13 @@ def parsed_flags():
     # grain reads absl flags, which only app.run() parses.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """What the files before left, as what is compiled, is not searched for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

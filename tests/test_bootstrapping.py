@@ -33,6 +33,7 @@ from navit_jax.predictor import Predictor
 TEACHER = {
     "name": "navit", "size": "Ti/16", "width": 32, "depth": 5, "num_heads": 2,
     "mlp": 64, "pooling": "mean", "positions": {"name": "factorized", "length": 32},
+    "attention": "dense",
 }  # fmt: skip
 INHERIT = [
     ("encoder/blocks/(.*)", r"teacher/blocks/\1[1:]"),
@@ -50,7 +51,7 @@ def config(**changes):
         "optim__schedule": {"name": "constant"},
         "optim__freeze": [("encoder/blocks/.*", "2:"), ("encoder/norm/.*", True)],
     }
-    return tiny.config(**{**found, **changes})
+    return tiny.config(**{**tiny.PLAIN, **found, **changes})
 
 
 def build(changed):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from navit_jax import checkpoint, checksums, records, saved_steps, sharding
+from navit_jax import checkpoint, checksums, optim, records, saved_steps, sharding
 from navit_jax.errors import CheckpointError, ConfigError
 
 # A read that orbax gives up leaves coroutines behind, which complain when collected.
@@ -340,6 +340,24 @@ def test_parameters_alone_are_read_by_step_newest_or_best(tmp_path):
     ).state
     jax.tree.map(np.testing.assert_array_equal, ema, STATES[3].ema)
     assert ema["head"]["kernel"].sharding.mesh == MESH
+
+
+def test_frozen_parameters_are_their_own_mean_and_older_checkpoints_still_go_on(
+    tmp_path,
+):
+    # As of before: a mean of all, that of the frozen head its parameters.
+    state = STATES[1].replace(ema={**STATES[1].ema, "head": STATES[1].params["head"]})
+    kept = state.replace(ema={"blocks": state.ema["blocks"]})
+    for step, saved in enumerate((state, kept), 1):
+        with checkpoint.Checkpoints(tmp_path / str(step)) as saves:
+            saves.save(step, saved, {})
+        mean = checkpoint.restore_params(tmp_path / str(step), subtree="ema").state
+        chex.assert_trees_all_equal(mean, state.ema)
+        chex.assert_trees_all_equal(optim.fill_ema(saved.ema, saved.params), state.ema)
+        whole = abstract()
+        wanted = whole.replace(ema={"blocks": whole.ema["blocks"]})
+        with checkpoint.Checkpoints(tmp_path / str(step)) as saves:
+            chex.assert_trees_all_equal(saves.restore(wanted).state, kept)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-import subprocess
 import sys
 
+import commands
 import pytest
 import tiny
 from absl import flags
@@ -11,11 +11,6 @@ from navit_jax.errors import ConfigError
 
 # Of ml_collections, which loads config files.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +25,7 @@ def run(*arguments):
     ids=["key", "section", "value", "flag", "word"],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    done = run(
+    done = commands.run(
         "navit_jax.train", "--config=configs/smoke.py", f"--workdir={tmp_path}",
         *arguments,
     )  # fmt: skip
@@ -126,6 +121,6 @@ def test_a_window_of_steps_is_two_whole_numbers(texts):
 def test_a_workdir_that_can_not_be_written_fails_before_anything_compiles(tmp_path):
     (tmp_path / "file").write_text("")
     where = f"--workdir={tmp_path}/file/run"
-    done = run("navit_jax.train", "--config=configs/smoke.py", where)
+    done = commands.run("navit_jax.train", "--config=configs/smoke.py", where)
     assert done.returncode == 2
     assert "can not be written" in done.stderr

@@ -2,7 +2,7 @@ import chex
 import jax
 import tiny
 
-from navit_jax import compile, experiment, initialise, sharding
+from navit_jax import compile, experiment, initialise, paths, sharding
 
 
 def test_parameters_of_another_run_begin_the_running_mean_too(monkeypatch):
@@ -24,3 +24,18 @@ def test_parameters_of_another_run_begin_the_running_mean_too(monkeypatch):
     # The first step donates both: no buffer may be shared.
     shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards]
     assert len({s.data.unsafe_buffer_pointer() for s in shards}) == len(shards)
+
+
+def test_the_running_mean_has_no_copy_of_what_is_frozen():
+    frozen = (("encoder/blocks/mlp/.*", True), ("encoder/blocks/.*", "1:"))
+    config = tiny.config(train__ema=0.9, optim__freeze=frozen)
+    stream, mesh = experiment.build_stream(config), sharding.make_mesh()
+    task = experiment.build_task(config, stream.num_classes)
+    state = compile.Program(config, task, stream.example(), mesh).abstract
+    params, means = (
+        {n: (x.shape, x.sharding) for n, x in paths.flatten(part).items()}
+        for part in (state.params, state.ema)
+    )
+    still = {name for name in params if name.startswith("encoder/blocks/mlp/")}
+    assert still
+    assert means == {n: leaf for n, leaf in params.items() if n not in still}

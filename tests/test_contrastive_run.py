@@ -73,7 +73,7 @@ def test_eight_devices_in_two_parts_learn_from_the_stream_as_one_device_at_once(
 
 def test_a_locked_image_tower_is_that_of_the_classification_it_comes_from(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train.train(tiny.config(), first) == 0
+    assert train.train(tiny.config(**tiny.PLAIN), first) == 0
     init = {"workdir": str(first), "allow_unused": ["head/.*"]}
     freeze = [["encoder/.*", True]]
     config = small(seed=1, model__init=init, optim__freeze=freeze, **LEARNING)

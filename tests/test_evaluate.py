@@ -1,8 +1,7 @@
 import json
 import shutil
-import subprocess
-import sys
 
+import commands
 import numpy as np
 import pytest
 import tiny
@@ -30,7 +29,8 @@ SET = {"sources": {"clipart": {"name": "clipart", "split": "validation"}}}
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = tiny.config(steps=2, evals={"validation": {**SET, "sides": (32,)}})
+    evals = {"validation": {**SET, "sides": (32,)}}
+    config = tiny.config(steps=2, evals=evals, **tiny.PLAIN)
     config["train"] |= {"report_every": 1, "evaluate_every": 1}
     config["optim"] |= {"lr": 0.01, "schedule": {"name": "constant"}}
     assert train.train(config, folder) == 0
@@ -245,8 +245,7 @@ def test_every_flag_of_the_command_is_obeyed(workdir, tmp_path):
         "--sides=32", "--budgets=9", "--upscale=yes,no", "--split=test", "--step=1",
         "--baselines", "--shots=1", f"--output={tmp_path}/found.json",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "navit_jax.evaluate", f"--workdir={workdir}"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    done = commands.run("navit_jax.evaluate", f"--workdir={workdir}", *flags)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["step"] == 1

@@ -236,6 +236,7 @@ def test_a_run_with_a_running_mean_is_judged_by_it(own, tmp_path):
         optim__schedule={"name": "constant"},
         train__ema=0.5,
         evals={"own": {"sources": own, "sides": SIDES[:1]}},
+        **tiny.PLAIN,
     )
     assert train.train(config, tmp_path) == 0
     found = [reporting.read_metrics(epath.Path(tmp_path))[-1]]

@@ -27,6 +27,9 @@ PARAMS = {"head": {"dense": {"kernel": jnp.float32(KERNEL), "bias": jnp.float32(
 class Sums(nn.Module):
     """Each token is the sum of those before it: all that is shown shows later."""
 
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
     def __call__(self, patches, *_):
         return {"tokens": jnp.cumsum(patches, 1)}
 
@@ -85,3 +88,20 @@ def test_prediction_sees_every_patch():
     shown = TASK.outputs(PARAMS, jax.tree.map(jnp.asarray, BATCH))["pixels"]
     seen = np.cumsum(BATCH.patches / 127.5 - 1.0, 1)
     np.testing.assert_allclose(shown, seen @ KERNEL + BIAS, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_sees_pixels_by_its_own_mean_and_deviation_and_gives_them_plainly():
+    mean, std = (0.2, 0.4, 0.6), (0.1, 0.2, 0.5)
+    task = masked_patches.MaskedPatches(Sums(mean, std), share=0.5)
+    batch = jax.tree.map(jnp.asarray, BATCH)
+    own = (BATCH.patches.reshape(2, packed.L, -1, 3) / 255 - mean) / std
+    own = own.reshape(BATCH.patches.shape)
+    shown = task.outputs(PARAMS, batch)["pixels"]
+    np.testing.assert_allclose(
+        shown, np.cumsum(own, 1) @ KERNEL + BIAS, rtol=1e-4, atol=1e-3
+    )
+    masked = choice(KEY)
+    hidden = np.cumsum(np.where(masked[..., None], 0, own), 1) @ KERNEL + BIAS
+    wanted = ((hidden - (BATCH.patches / 127.5 - 1)) ** 2).mean(-1)[masked].mean()
+    loss, _ = task.loss(PARAMS, batch, KEY, task.weights(batch))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)

@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
+import commands
 import jax
 import jaxtyping
 import numpy as np
@@ -317,7 +317,7 @@ def test_a_pillow_image_that_can_not_be_loaded_has_the_reason_of_its_file(
 
 
 def test_a_run_without_classes_says_what_it_gives(tmp_path):
-    config = tiny.config(steps=1, task={"name": "masked_patches"})
+    config = tiny.config(steps=1, task={"name": "masked_patches"}, **tiny.PLAIN)
     config["model"]["pooling"] = "none"
     assert train.train(config, tmp_path) == 0
     predictor = navit_jax.load(tmp_path)
@@ -327,19 +327,14 @@ def test_a_run_without_classes_says_what_it_gives(tmp_path):
     assert predictor.tokens([picture], side=32)[0].shape == (2, 2, 32)
 
 
-def run_command(workdir, images, output, *flags, chunk=4096):
-    """`python -m navit_jax.predict`, reading `chunk` pictures at once."""
-    code = (
-        "from navit_jax import command_line, predict\n"
-        f"predict.CHUNK = {chunk}\n"
-        "command_line.run(predict.define_main())"
-    )
-    given = [f"--workdir={workdir}", f"--images={images}", f"--output={output}", *flags]
-    command = [sys.executable, "-c", code, *given]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_command(workdir, images, output, *flags):
+    given = [f"--workdir={workdir}", f"--images={images}", f"--output={output}"]
+    return commands.run("navit_jax.predict", *given, *flags)
 
 
-def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_path):
+def test_the_command_writes_a_line_a_picture_in_order(
+    workdir, pictures, tmp_path, monkeypatch
+):
     folder = tmp_path / "pictures"
     (folder / "deeper").mkdir(parents=True)
     names = ["a.png", "b.png", "deeper/c, of commas.png"]
@@ -348,8 +343,8 @@ def test_the_command_writes_a_line_a_picture_in_order(workdir, pictures, tmp_pat
     (folder / "bad.jpg").write_bytes(b"<html>")
     (folder / os.fsdecode(b"z\xff.png")).write_bytes((folder / "a.png").read_bytes())
     out = tmp_path / "out.csv"
-    # More than it reads at once.
-    done = run_command(workdir, folder, out, "--side=48", "--top=2", chunk=2)
+    monkeypatch.setattr(predict, "CHUNK", 2)  # It reads fewer at once than there are.
+    done = run_command(workdir, folder, out, "--side=48", "--top=2")
     assert done.returncode == 0, done.stderr
     assert "5 pictures" in done.stdout
     assert "1 could not be used" in done.stdout
@@ -407,6 +402,40 @@ def test_the_command_writes_before_it_loads_the_model(
     assert done.returncode == 2
     assert f"--output={output} can not be written: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_keeps_an_earlier_table_until_it_has_something_to_write(
+    workdir, pictures, tmp_path
+):
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(pictures[0]).save(tmp_path / "pictures/one.png")
+    out = tmp_path / "out.csv"
+    out.write_text("of an earlier run\n" * 9)
+    done = run_command(workdir, tmp_path / "pictures", out, "--step=7")
+    assert done.returncode == 5, done.stderr
+    assert out.read_text() == "of an earlier run\n" * 9
+    done = run_command(workdir, tmp_path / "pictures", out)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(",")[0] for line in out.read_text().splitlines()] == [
+        "file",
+        "one.png",
+    ]
+
+
+def test_an_earlier_table_that_can_not_be_written_is_found_at_once(tmp_path):
+    # A program that runs, which nobody may write, the super-user included.
+    program = epath.Path(shutil.copy(shutil.which("sleep"), tmp_path / "out.csv"))
+    with subprocess.Popen([program, "60"]) as running:
+        try:
+            with (
+                pytest.raises(
+                    ConfigError, match=r"out\.csv can not be written: .*busy"
+                ),
+                predict.open_table(program, ["file"]),
+            ):
+                raise AssertionError("it was opened")
+        finally:
+            running.kill()
 
 
 def test_a_disk_that_is_full_midway_is_named_and_keeps_the_lines_before(

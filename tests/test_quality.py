@@ -67,6 +67,7 @@ def test_a_run_ends_at_its_first_bad_picture_or_never(tmp_path):
         Image.new("RGB", (40, 40)).save(folder / f"{i}.png")
     sources = {"mine": {"name": "folder", "path": str(tmp_path / "data")}}
     changes = {"data__sources": sources, "steps": 2, "train__report_every": 1}
+    changes |= tiny.PLAIN
     with pytest.raises(DataError, match=r"empty +first: .*cut.png") as error:
         train.train(tiny.config(**changes, train__bad_images=0), tmp_path / "strict")
     assert error.value.exit_code == 3

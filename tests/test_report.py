@@ -1,3 +1,4 @@
+import functools
 import html.parser
 import json
 import os
@@ -5,8 +6,8 @@ import pathlib
 import shlex
 import shutil
 import subprocess
-import sys
 
+import commands
 import numpy as np
 import pytest
 import tiny
@@ -241,9 +242,7 @@ def files_of(folder):
     return {str(path): path.read_bytes() for path in found}
 
 
-def run_command(*arguments, cwd=None):
-    command = [sys.executable, "-m", "navit_jax.report", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+run_command = functools.partial(commands.run, "navit_jax.report")
 
 
 def test_the_command_writes_the_page_its_flags_ask_for_and_nothing_else(folder):
@@ -360,7 +359,7 @@ def test_predictions_on_real_pictures_show_what_the_model_says(tmp_path, picture
         f"{TAG}also": {"sources": {TAG: pictures_of}, "sides": [64]},
     }
     config = tiny.config(steps=1, data__sources={TAG: pictures_of}, evals=evals)
-    config["train"]["bad_images"] = 0.5
+    config = tiny.change(config, train__bad_images=0.5, **tiny.PLAIN)
     assert train.train(config, workdir) == 0
     text = page_of(workdir)
     page = Tags(text, ("p",))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import re
 import zlib
 
 import flax.linen as nn
@@ -12,13 +13,15 @@ import numpy as np
 import optax
 import packed
 import pytest
+import tiny
 from PIL import Image
+from test_sources import example, write_records
 
-from navit_jax import mean_iou
+from navit_jax import experiment, mean_iou
 from navit_jax.batch import PackedBatch
 from navit_jax.data import masks
 from navit_jax.data.patches import patchify
-from navit_jax.data.pixel_classes import draw_classes
+from navit_jax.data.pixel_classes import check_shape, draw_classes
 from navit_jax.errors import ConfigError, DataError
 from navit_jax.isolation import check_isolation
 from navit_jax.metrics import interval_by_group
@@ -333,3 +336,43 @@ def test_grey_of_fewer_bits_is_refused_as_it_is_read_stretched():
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     with pytest.raises(DataError, match=r"x has a mask of mode L .L;4.: .* 8 bits"):
         masks.read_mask(bytes(data), "x")
+
+
+@pytest.mark.parametrize(
+    "mask, fits",
+    [((96, 64), True), ((48, 32), True), ((64, 96), False), ((64, 64), False)],
+)
+def test_a_mask_in_another_proportion_than_its_upright_picture_ends_the_run(
+    tmp_path, monkeypatch, mask, fits
+):
+    # 64 x 96 pixels are stored, to be seen turned by a quarter, 96 x 64.
+    monkeypatch.setenv("NAVIT_JAX_CACHE", str(tmp_path / "cache"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file, path = io.BytesIO(), tmp_path / "a.array_record"
+    Image.new("RGB", (96, 64)).save(file, "JPEG", exif=exif)
+    seen = example(jpg=[file.getvalue()], seg=[png(np.full(mask, 2))])
+    write_records(path, [seen])
+    section = {"name": "array_record", "paths": str(path), "image": "jpg"}
+    section |= {"mask": "seg", "num_classes": 2}
+    changes = {"sources": {"a": section}, "pixel_classes": True, "rows": 1}
+    stream = experiment.build_stream(
+        tiny.config(**{f"data__{key}": value for key, value in changes.items()})
+    )
+    load = functools.partial(next, stream.batches(np.arange(1)))
+    if fits:
+        batch, _ = load()
+        classes = batch.targets["pixel_classes"][batch.segment_ids > 0]
+        assert (classes == 2).all()
+        return
+    wanted = rf"a:.*/0 has a mask of {re.escape(str(mask))} beside .* \(96, 64\) when"
+    with pytest.raises(DataError, match=wanted):
+        load()
+
+
+def test_a_mask_of_the_sides_in_the_other_order_is_found_in_a_nearly_square_picture():
+    objects = masks.read_mask(png(np.ones((100, 101))), "x")
+    check_shape(objects, (100, 101), "x")
+    check_shape(objects, (200, 203), "x")
+    with pytest.raises(DataError, match="x has a mask"):
+        check_shape(objects, (101, 100), "x")

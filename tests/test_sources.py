@@ -18,7 +18,7 @@ from PIL import Image
 from tensorflow_datasets.core import constants
 
 from navit_jax import config
-from navit_jax.data import sizes, sources, tables
+from navit_jax.data import sizes, sources, stored, tables
 from navit_jax.data.images import BadImage, read_size
 from navit_jax.errors import ConfigError, DataError
 
@@ -287,6 +287,18 @@ def test_a_mask_beside_a_picture_says_the_classes_of_its_pixels(tmp_path):
         few[0]
     with pytest.raises(ConfigError, match="mask='seg' and num_classes=0"):
         sources.array_record(str(path), "jpg", mask="seg")
+
+
+def test_a_scan_of_sizes_decodes_no_mask(tmp_path, monkeypatch):
+    path, file = tmp_path / "a.array_record", io.BytesIO()
+    Image.new("L", (3, 5)).save(file, "PNG")
+    write_records(path, [example(jpg=[png(5, 3)], seg=[file.getvalue()])])
+    source = sources.array_record(str(path), "jpg", mask="seg", num_classes=2)
+    decoded = []
+    monkeypatch.setattr(stored, "read_mask", lambda *given: decoded.append(given))
+    # The first call scans, the second reads samples.
+    assert [sizes.size_table(source).tolist() for _ in range(2)] == [[[5, 3]]] * 2
+    assert not decoded
 
 
 def test_a_corrupt_record_is_an_os_error_that_names_it(tmp_path):

@@ -4,13 +4,11 @@ import collections
 import io
 import json
 import random
-import subprocess
-import sys
 import tarfile
 
+import commands
 import numpy as np
 import pytest
-import tiny
 from test_sources import own_cache, png
 
 from navit_jax.data import open_sources, record_files, sizes, tables, tar_samples, tars
@@ -358,11 +356,9 @@ def test_after_a_stop_it_goes_on_and_the_files_are_the_same(
 
 def test_the_command_tells_how_to_open_the_set_and_counts(three, tmp_path):
     write_tar(three[0], [*sample("a", b"a"), member("../b.jpg", PICTURE)])
-    command = [sys.executable, "-m", "navit_jax.data.tars"]
     arguments = [f"--tars={tmp_path}/*.tar", f"--output={tmp_path}/out"]
-    done = subprocess.run(
-        command + arguments, cwd=tiny.ROOT, capture_output=True, text=True, check=True
-    )
+    done = commands.run("navit_jax.data.tars", *arguments)
+    assert done.returncode == 0, done.stderr
     assert "left out, unsafe_name: 0.tar/../b" in done.stdout
     assert (
         f"5 pictures in {tmp_path}/out; left out: {{'unsafe_name': 1}}" in done.stdout

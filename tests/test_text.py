@@ -252,7 +252,9 @@ def test_no_module_needs_the_libraries_to_be_imported():
     optional = {"sentencepiece", "tokenizers"}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in getattr(node, "names", [])]
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [a.name for a in node.names]
             names += [getattr(node, "module", None) or ""]
             assert not optional & {str(name).split(".")[0] for name in names}, path
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import chex
+import commands
 import jax
 import kills
 import numpy as np
@@ -52,9 +53,8 @@ def losses(workdir):
 
 def small(**changes):
     """Six steps, judged after the third and the last."""
-    return tiny.config(
-        evals=EVALS, train__report_every=1, train__evaluate_every=3, **changes
-    )
+    changes = {"train__report_every": 1, "train__evaluate_every": 3, **changes}
+    return tiny.config(evals=EVALS, **{**tiny.PLAIN, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_after_the_first_step_nothing_compiles_and_nothing_moves_by_itself(
     tmp_path, monkeypatch
 ):
     # The first step, its evaluation and its checkpoint compile what there is.
-    config = small(train__save_every=1)
+    config = tiny.config(evals=EVALS, train__report_every=1, train__save_every=1)
     config["train"]["evaluate_every"] = 1
     steps, compiled = [], []
     begin = host_signals.encode
@@ -216,8 +216,9 @@ def test_8_then_4_then_1_devices_go_on_with_the_same_batches(
 ):
     for number, passes, code in ((8, 1, 42), (4, 2, 42), (1, 4, 0)):
         config = tiny.config(
-            model__dtype=dtype, train__report_every=1, train__accumulate=passes
-        )
+            model__dtype=dtype, train__report_every=1, train__accumulate=passes,
+            **tiny.PLAIN,
+        )  # fmt: skip
         with monkeypatch.context() as patch:
             use_devices(patch, number)
             if code:
@@ -258,6 +259,7 @@ def test_a_task_with_a_target_for_each_token_trains_and_is_judged(tmp_path):
         evals=evals,
         steps=12,
         optim__lr=0.01,
+        **tiny.PLAIN,
     )
     assert train.train(config, tmp_path) == 0
     told = losses(tmp_path)
@@ -309,7 +311,7 @@ def test_too_many_bad_pictures_end_the_run_with_the_table_of_reasons(tmp_path):
     for i in range(6):
         (tmp_path / "data" / "a" / f"cut{i}.png").write_bytes(b"")
     sources = {"mine": {"name": "folder", "path": str(tmp_path / "data")}}
-    config = tiny.config(data__sources=sources, train__bad_images=0.0005)
+    config = tiny.config(data__sources=sources, train__bad_images=0.0005, **tiny.PLAIN)
     with pytest.raises(DataError, match=r"(?s)of the last .* empty +first: .*cut") as e:
         train.train(config, tmp_path / "run")
     assert e.value.exit_code == 3
@@ -318,7 +320,7 @@ def test_too_many_bad_pictures_end_the_run_with_the_table_of_reasons(tmp_path):
 def test_too_many_steps_that_are_not_finite_end_the_run_and_name_the_images(
     tmp_path, monkeypatch
 ):
-    config = tiny.config(optim__lr=1e38, train__nonfinite_steps=1)
+    config = tiny.config(optim__lr=1e38, train__nonfinite_steps=1, **tiny.PLAIN)
     # Looking for culprits, too, moves nothing but what it says.
     find = jax.transfer_guard("disallow")(culprits.find)
     monkeypatch.setattr(culprits, "find", find)
@@ -385,9 +387,7 @@ def test_the_command_leaves_with_42_and_refuses_a_second_run(tmp_path):
                 if "step 2/" in line:
                     break
             assert first.poll() is None, "".join(said)
-            second = subprocess.run(
-                endless, cwd=tiny.ROOT, capture_output=True, text=True
-            )
+            second = commands.run("navit_jax.train", *endless[3:])
             assert second.returncode == 2, second.stderr
             assert f"in use by process {first.pid}" in second.stderr
         finally:
@@ -427,9 +427,10 @@ def test_the_command_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path)
 def test_fine_tuning_starts_from_another_run_with_a_new_head_and_longer_positions(
     unbroken,
 ):
-    fresh = _start(tiny.config())
+    fresh = _start(tiny.config(**tiny.PLAIN))
     _, trained = params(unbroken)
     config = tiny.config(
+        **tiny.PLAIN,
         data__sources={
             "c": {"name": "clipart", "split": "train", "labels": "classes34"}
         },

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,9 +161,9 @@ def test_a_third_of_a_fused_projection_is_the_projection_it_stands_for():
 def test_what_is_written_reads_back_to_the_bit(tmp_path):
     pytest.importorskip("safetensors", reason="pip install -e .[weights]")
     source, folder = save(tmp_path), tmp_path / "converted"
-    command = [sys.executable, "-m", "navit_jax.weights", "convert"]
-    command += [str(source), str(folder), "--set", "activation=gelu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = ("convert", source, folder, "--set", "activation=gelu")
+    done = commands.run("navit_jax.weights.__main__", *words)
+    assert done.returncode == 0, done.stderr
     assert "layout: augreg" in done.stdout
     assert "assumed" in done.stdout
     before = weights.read(source, activation="gelu")
