@@ -41,7 +41,7 @@ COMPOSITES = flags.DEFINE_string(
 SIDE = flags.DEFINE_integer("side", 112, "Of the student's pictures, in pixels")
 TEACHER_SIDE = flags.DEFINE_integer("teacher_side", 0, "Of the target; 0 is --side")
 COUNTS = flags.DEFINE_list("latents", ["9", "16", "25", "36", "49"], "Latent tokens")
-GRID = flags.DEFINE_integer("grid", 7, "Patches a side of the cheap baselines")
+GRIDS = flags.DEFINE_list("grid", ["7"], "Patches a side of the cheap baselines")
 PROBE = flags.DEFINE_bool("probe", True, "Add linear probes, where there are classes")
 IMAGES = flags.DEFINE_integer("images", 16, "Pictures of a batch")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds")
@@ -65,16 +65,15 @@ def list_cases(
         stream = cases.open_stream(own, judged.section, IMAGES.value)
     found = {FRONT: cases.open_student(run, side, params=cases.start(run, stream))}
     patch = models.patch_size(run.config["task"]["teacher"]["size"])
-    small, few = GRID.value * patch, GRID.value**2
+    grids, num = command_line.parse_counts("grid", GRIDS.value), (side // patch) ** 2
     for name, each in plain.items():
         cases.check_teachers(run, each)
-        own_side = each.config["data"]["resolution"].get("side", small)
+        own_side = each.config["data"]["resolution"].get("side", grids[0] * patch)
         found[f"plain ViT, {name}"] = cases.open_student(each, own_side)
-    num = (side // patch) ** 2
-    if few < num:
+    for few in (grid**2 for grid in grids if grid**2 < num):
         name = f"teacher, {few} of its {num} patches"
         found[name] = cases.open_teacher(run, side, few)
-    for each in sorted({small, side, teacher_side}):
+    for each in sorted({*(grid * patch for grid in grids), side, teacher_side}):
         found[f"teacher, {each} px"] = cases.open_teacher(run, each)
     counts = cases.list_tokens(COUNTS.value, own)
     for count in counts:

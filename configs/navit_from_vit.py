@@ -31,8 +31,8 @@ def get_config(start: str = "pretrained"):
         "flip": 0.5,
         "jitter": 0.4,
     }
-    # As `python -m navit_jax.weights inspect vit_s14` prints it, but for the pool: the
-    # class token of these weights alone transfers worse than the mean of the patches.
+    # As `python -m navit_jax.weights inspect vit_s14` prints it, but for the pool,
+    # whose linear probe is no worse: docs/bootstrapping.md.
     config.model = {
         "name": "navit",
         "size": "S/14",

@@ -169,7 +169,7 @@ def get_config(arg: str = ""):
     elif head:
         config.model["init"]["rules"] += [(r"head/(.*)", r"head/\1")]
     if name == "vit_s14":
-        # Its class token alone transfers worse.
+        # Nothing that was measured is worse of both: docs/bootstrapping.md.
         config.task["representation"] = "both"
     config.optim = {
         "name": "adamw",

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from navit_jax import compile, experiment, sharding
+from navit_jax import compile, experiment, inheritance, paths, sharding
 from navit_jax import config as config_lib
 from navit_jax.data.tokenizer import DEFAULT
 from navit_jax.errors import ConfigError
@@ -21,6 +21,7 @@ CONFIGS = [
     ("configs/bootstrap_smoke.py", "long"),
     ("configs/bootstrap_smoke.py", "plain"),
     ("configs/bootstrap_smoke.py", "resized"),
+    ("configs/bootstrap_smoke.py", "scratch"),
     ("configs/contrastive_long.py", "vit_s14"),
     ("configs/folder.py", "/pictures"),
     ("configs/vit_baseline.py", "full"),
@@ -236,3 +237,39 @@ def test_a_set_to_judge_is_checked_before_it_is_opened(change, message):
 def test_a_set_to_judge_that_is_no_section_is_refused():
     with pytest.raises(ConfigError, match=r"config\.evals\.v=3: give a section"):
         experiment.check_sections(tiny.config(evals={"v": 3}))
+
+
+@pytest.mark.parametrize(
+    "arg, own",
+    [
+        ("glimpse", {"stem", "tables", "focusing", "stages", "transition",
+                     "refocusing", "glimpses/gain"}),
+        ("resized", set()),
+        ("scratch", {"blocks", "norm", "class_token", "patch_embedding",
+                     "position_embedding"}),
+    ],
+)  # fmt: skip
+def test_a_student_starts_with_its_teachers_parameters_but_for_its_own(arg, own):
+    config = config_lib.resolve(tiny.load("configs/bootstrap_smoke.py", arg))
+    source = {"clipart": {"name": "clipart", "split": "validation"}}
+    config["data"] |= {"sources": source, "teacher": ""}
+    stream = experiment.build_stream(config)
+    task = experiment.build_task(config, stream.num_classes)
+    shapes = paths.flatten(
+        jax.eval_shape(task.init, jax.random.key(0), stream.example())
+    )
+    values = {
+        name: np.broadcast_to(np.float32(i), shape.shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    names = dict(enumerate(values))
+    rules = config["task"]["inherit"]
+    found = paths.flatten(inheritance.inherit(paths.nest(values), rules))
+    for name, leaf in found.items():
+        source = names[int(leaf.flat[0])]
+        part = name.removeprefix("encoder/")
+        if name == source:
+            assert name.startswith("teacher/") or part.startswith(tuple(own)), name
+        else:
+            assert source == "teacher/" + part.removeprefix("glimpses/")
+            assert not part.startswith(tuple(own)), name

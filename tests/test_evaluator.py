@@ -228,12 +228,13 @@ def test_a_set_of_other_classes_is_refused_before_a_run(name):
         Evaluator(config, task, mesh, tuple("abcdefgh"))
 
 
-def test_a_run_with_a_running_mean_is_judged_by_it(own, tmp_path):
+def test_a_run_with_a_running_mean_is_judged_by_it_and_by_what_is_frozen(own, tmp_path):
     config = tiny.config(
         steps=2,
         model__depth=1,
         optim__lr=0.1,
         optim__schedule={"name": "constant"},
+        optim__freeze=[("encoder/norm/.*", True)],
         train__ema=0.5,
         evals={"own": {"sources": own, "sides": SIDES[:1]}},
         **tiny.PLAIN,

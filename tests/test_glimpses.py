@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from packed import image, pack
-from small_sparseformer import BATCH, ONCE, apply, build, row, start, trace, untrained
+from small_sparseformer import ONCE, apply, build, row, untrained
 
 from navit_jax.errors import ConfigError
 from navit_jax.models import rois
+from navit_jax.models.feature_maps import HALO, Maps, cut_tiles
+from navit_jax.models.glimpses import Glimpses, lay_pixels
 from navit_jax.models.navit import NaViT
 from navit_jax.models.resample import resample, resample_at
 from navit_jax.models.sparseformer_sizes import named, token_macs
@@ -83,25 +85,108 @@ def _halve(whole):
     return type(half)(whole.id, cut, half.coords, half.grid)
 
 
-def test_what_is_seen_moves_boxes_and_a_box_what_is_seen():
-    model = build("v2", ONCE | GLIMPSE)
-    params = start(model)["params"]
+SHAPE = named("v2_micro/4", {"width": 5, "num_heads": 1, "glimpse": 3, "table": 4})[0]
+SHAPE = SHAPE._replace(glimpse_pool=2, pixel_mean=(0.4, 0.5, 0.6), pixel_std=(0.2,) * 3)
+# Of four tokens: within the picture, partly out of it, turned over, and padding.
+ROIS = [(0.1, 0.2, 0.7, 0.5), (0.8, -0.4, 1.6, 0.3), (0.6, 0.9, 0.1, 0.2), (0, 0, 1, 1)]
+IDS = [[2, 1, 2, 0], [0, 0, 0, 0]]
 
-    def total(glimpses, rois):
-        own = {**params["glimpses"], **glimpses}
-        tables = {**params["tables"], "rois": rois}
-        changed = {"params": {**params, "glimpses": own, "tables": tables}}
-        return jnp.sin(model.apply(changed, *row(BATCH))["pooled"]).sum()
 
-    slope = jax.jit(jax.grad(total, (0, 1)))
-    silent = {"gain": jnp.zeros(16)}
-    # With no gain the focused tokens reach nothing but the boxes.
-    of_gain, of_boxes = slope(silent, params["tables"]["rois"])
-    assert of_gain["gain"].any()
-    assert of_boxes.any()
-    own = params["glimpses"]["patch_embedding"]
-    blind = {"patch_embedding": jax.tree.map(jnp.zeros_like, own)}
-    assert not slope(silent | blind, params["tables"]["rois"])[1].any()
+def _lay():
+    """Two pictures of 8 x 12 and 12 x 4 pixels in a row; the next row has none."""
+    rng = np.random.default_rng(0)
+    pictures = [
+        rng.integers(0, 256, s + (3,)).astype(np.uint8) for s in ((8, 12), (12, 4))
+    ]
+    cut = [p.reshape(p.shape[0] // 4, 4, p.shape[1] // 4, 4, 3) for p in pictures]
+    patches = np.concatenate([p.swapaxes(1, 2).reshape(-1, 48) for p in cut])
+    coords = np.concatenate(
+        [np.stack(np.mgrid[:h, :w], -1).reshape(-1, 2) for h, w in GRIDS]
+    )
+    ids = np.array([[1] * 6 + [2] * 3, [0] * 9], np.int32)
+    grids = jnp.array([GRIDS, [[0, 0], [0, 0]]])
+    both = np.stack([patches, patches]), np.stack([coords, coords])
+    pixels, maps = cut_tiles(*map(jnp.asarray, both), jnp.asarray(ids), grids, 4, 4)
+    return pictures, lay_pixels(pixels, maps, grids, 4, SHAPE)
+
+
+GRIDS = (2, 3), (3, 1)
+
+
+def _apply(maps, params, rois, **changes):
+    given = {"lookup": "gather", "gradient_clamp": 0.0, "dtype": jnp.float32} | changes
+    tokens = jnp.ones((2, 4, 5), given["dtype"])
+    model = Glimpses(SHAPE, **given)
+    ids = jnp.array(IDS)
+    if params is None:
+        params = jax.jit(model.init)(jax.random.key(0), tokens, rois, ids, maps)
+        return jax.tree.map(lambda x: x + 0.1, params)
+    return model.apply(params, tokens, rois, ids, maps)
+
+
+@pytest.mark.parametrize("lookup", ["gather", "neighbours"])
+def test_a_glimpse_is_what_a_loop_reads_of_the_picture(lookup):
+    pictures, maps = _lay()
+    rois = jnp.array([ROIS, ROIS], jnp.float32)
+    params = _apply(maps, None, rois)
+    found = _apply(maps, params, rois, lookup=lookup)
+    own = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+    for token, slot in enumerate((1, 0, 1)):
+        x0, y0, x1, y1 = ROIS[token]
+        patch = []
+        for i, j in np.ndindex(3, 3):
+            at = y0 + (i + 0.5) / 3 * (y1 - y0), x0 + (j + 0.5) / 3 * (x1 - x0)
+            patch.append(_read(pictures[slot], *at))
+        expected = np.concatenate(patch) @ own["patch_embedding"]["kernel"]
+        expected += own["patch_embedding"]["bias"] + own["gain"]
+        centre = jnp.array([[[(y0 + y1) / 2, (x0 + x1) / 2]]])
+        table = params["params"]["position_embedding"]["table"]
+        expected += np.asarray(resample_at(table, centre, "bicubic"))[0, 0]
+        np.testing.assert_allclose(found[0, token], expected, atol=1e-4)
+
+
+def _read(picture, y, x):
+    """Bilinear, of means of 2 x 2 pixels, the border repeated; by a loop in float64."""
+    h, w = picture.shape[0] // 2, picture.shape[1] // 2
+    cells = picture.reshape(h, 2, w, 2, 3).astype(np.float64).mean((1, 3)) / 255
+    cells = (cells - SHAPE.pixel_mean) / SHAPE.pixel_std
+    y, x = np.clip(y * h - 0.5, 0, h - 1), np.clip(x * w - 0.5, 0, w - 1)
+    total = np.zeros(3)
+    for i, j in np.ndindex(h, w):
+        total += max(0, 1 - abs(y - i)) * max(0, 1 - abs(x - j)) * cells[i, j]
+    return total
+
+
+def test_gradients_of_boxes_are_kept_small_and_what_is_no_picture_spoils_none():
+    _, maps = _lay()
+    rois = jnp.array([ROIS, ROIS], jnp.float32)
+    params = _apply(maps, None, rois)
+    # What is in no tile of a picture may be anything.
+    lost = maps._replace(
+        cells=jnp.where((maps.slots < 0)[..., None, None, None], jnp.nan, maps.cells)
+    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def slope(params, rois, clamp):
+        def total(params, rois):
+            out = _apply(lost, params, rois, gradient_clamp=clamp)
+            return jnp.where(jnp.array(IDS)[..., None] > 0, 1e3 * out, 0).sum()
+
+        return jax.grad(total, (0, 1))(params, rois)
+
+    free, kept = slope(params, rois, 0.0), slope(params, rois, 0.5)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((free, kept)))
+    # Each of 9 points counts for a share of its corner; the maps have 2 to 6 cells.
+    assert np.abs(free[1]).max() > 100
+    assert 0 < np.abs(kept[1]).max() <= 9 * 0.5 / 2
+    assert not np.asarray(kept[1])[1].any()
+
+
+def test_tokens_keep_their_dtype():
+    _, maps = _lay()
+    rois = jnp.array([ROIS, ROIS], jnp.float32)
+    params = _apply(maps, None, rois)
+    assert _apply(maps, params, rois, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
@@ -134,9 +219,22 @@ def test_boxes_start_side_by_side(count, sides):
     np.testing.assert_allclose(cells, expected, atol=1e-6)
 
 
-def test_a_pool_that_leaves_pixels_over_is_refused():
-    with pytest.raises(ConfigError, match=r"glimpse_pool=3 .* patch side 2"):
-        trace(build("v2", {**GLIMPSE, "glimpse_pool": 3}))
+@pytest.mark.parametrize("pool, patch", [(4, 6), (0, 4), (3, 6)])
+def test_a_pool_that_leaves_pixels_over_is_refused(pool, patch):
+    w = 4 * -(-patch // 4) + HALO
+    pixels, grids = jnp.zeros((1, 1, w, w, 3)), jnp.ones((1, 1, 2), jnp.int32)
+    maps = Maps(*[jnp.zeros((1, 1, 2), jnp.int32)] * 5)
+    with pytest.raises(
+        ConfigError, match=f"glimpse_pool={pool} .* patch side, {patch},"
+    ):
+        lay_pixels(pixels, maps, grids, patch, SHAPE._replace(glimpse_pool=pool))
+
+
+def test_places_beyond_a_table_are_its_border():
+    table = jax.random.normal(jax.random.key(0), (5, 7, 3))
+    found = resample_at(table, jnp.array([[[-3.0, 0.4], [0.2, 9.0]]]), "bicubic")
+    border = resample_at(table, jnp.array([[[0.0, 0.4], [0.2, 1.0]]]), "bicubic")
+    np.testing.assert_array_equal(found, border)
 
 
 def test_its_patches_are_counted():

@@ -25,7 +25,7 @@ from navit_jax.tasks.randomness import image_keys
 # What gradients are taken of.
 GRADED = {
     "v1": build("v1", ONCE, capture=True),
-    "v2": build("v2", capture=True),
+    "v2": build("v2", {"glimpse": 2}, capture=True),
 }
 
 

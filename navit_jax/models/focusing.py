@@ -26,7 +26,7 @@ from navit_jax.models import rois as boxes
 from navit_jax.models import sampling
 from navit_jax.models.choices import pick
 from navit_jax.models.dropout import Draws, residual
-from navit_jax.models.feature_maps import Maps, take
+from navit_jax.models.feature_maps import Maps
 from navit_jax.models.layers import Attention, Mlp, gelu, layer_norm
 from navit_jax.models.sparseformer_sizes import Shape
 from navit_jax.models.stack import REMAT
@@ -146,14 +146,8 @@ class Unit(nn.Module):
         offsets = dense(x)
         points = boxes.place_points(state.rois, grid + offsets.reshape(B, Q, S, 2))
         slots = jnp.maximum(view.segment_ids - 1, 0)
-        read = points
-        if self.gradient_clamp:
-            sizes = take(view.maps.sizes, slots)[:, :, None, ::-1]
-            limits = self.gradient_clamp / jnp.maximum(sizes, 1)
-            read = boxes.clamp_gradient(points, limits)
-        sampled = sampling.lookup(
-            view.maps, slots, read, self.shape.padding, self.lookup
-        )
+        how = self.shape.padding, self.lookup, self.gradient_clamp
+        sampled = sampling.lookup(view.maps, slots, points, *how)
         real = (view.segment_ids > 0)[..., None, None]
         sampled = jnp.where(real, sampled, 0).astype(self.dtype)
         mixed = self._mix(state.tokens, sampled)

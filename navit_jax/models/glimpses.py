@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from navit_jax.errors import ConfigError
 from navit_jax.models import rois as boxes
 from navit_jax.models import sampling
-from navit_jax.models.feature_maps import BEFORE, HALO, Maps, Pixels, take
+from navit_jax.models.feature_maps import BEFORE, HALO, Maps, Pixels
 from navit_jax.models.navit import normalise
 from navit_jax.models.resample import resample_at
 from navit_jax.models.sparseformer_sizes import Shape
@@ -43,8 +43,8 @@ def lay_pixels(
     pool, (B, M, w) = shape.glimpse_pool, pixels.shape[:3]
     if pool < 1 or patch % pool or (w - HALO) % pool:
         raise ConfigError(
-            f"config.model.shape.glimpse_pool={pool} must divide the patch side {patch}"
-            " and 4: write 1, 2 or 4"
+            f"config.model.shape.glimpse_pool={pool} must divide the patch side, {patch},"
+            f" and that of a tile, {w - HALO}: 1 always does"
         )
     own = pixels[:, :, BEFORE : BEFORE + w - HALO, BEFORE : BEFORE + w - HALO]
     line = normalise(own.reshape(B, M, -1), shape.pixel_mean, shape.pixel_std)
@@ -84,21 +84,20 @@ class Glimpses(nn.Module):
         """
         shape, (B, Q, D) = self.shape, tokens.shape
         slots = jnp.maximum(segment_ids - 1, 0)
-        points = _fill(rois, shape.glimpse)
-        if self.gradient_clamp:
-            sizes = take(pictures.sizes, slots)[:, :, None, ::-1]
-            limits = self.gradient_clamp / jnp.maximum(sizes, 1)
-            points = boxes.clamp_gradient(points, limits)
+        centre = (rois[..., :2] + rois[..., 2:]) / 2
+        sides = (rois[..., 2:] - rois[..., :2])[..., None, :]
+        points = centre[..., None, :] + boxes.point_grid(shape.glimpse**2) * sides
         pictures = sampling.prepare(pictures, self.lookup)
-        seen = sampling.lookup(pictures, slots, points, "border", self.lookup)
+        how = "border", self.lookup, self.gradient_clamp
+        seen = sampling.lookup(pictures, slots, points, *how)
+        # Of what is no picture a product with 0 may be no number.
         real = (segment_ids > 0)[..., None]
         seen = jnp.where(real, seen.reshape(B, Q, -1), 0)
         embed = nn.Dense(D, dtype=self.dtype, name="patch_embedding")
-        centre = (rois[..., :2] + rois[..., 2:])[..., ::-1] / 2
         place = _Positions(shape.table, name="position_embedding")
         gain = self.param("gain", nn.initializers.zeros, (D,))
         tokens = tokens * gain.astype(self.dtype)
-        return tokens + embed(seen) + place(centre, D).astype(self.dtype)
+        return tokens + embed(seen) + place(centre[..., ::-1], D).astype(self.dtype)
 
 
 class _Positions(nn.Module):
@@ -113,13 +112,3 @@ class _Positions(nn.Module):
         shape = (self.side, self.side, width)
         table = self.param("table", nn.initializers.normal(0.02), shape)
         return resample_at(table, places, "bicubic")
-
-
-def _fill(rois: Float[Array, "B Q 4"], side: int) -> Float[Array, "B Q {side**2} 2"]:
-    """The centres (x, y) of side x side cells of each box, x the fast index."""
-    inside = (jnp.arange(side) + 0.5) / side
-    first, last = rois[..., None, :2], rois[..., None, 2:]
-    line = first + inside[:, None] * (last - first)
-    x, y = line[..., None, :, 0], line[..., :, None, 1]
-    both = jnp.stack(jnp.broadcast_arrays(x, y), -1)
-    return both.reshape(*rois.shape[:2], side * side, 2)

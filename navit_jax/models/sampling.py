@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from navit_jax.models.choices import pick
 from navit_jax.models.device_rows import find_platform
 from navit_jax.models.feature_maps import Maps, find_origins, take
+from navit_jax.models.rois import clamp_gradient
 
 # By platform; others as "gpu".
 AUTO = {"cpu": "gather", "gpu": "gather", "tpu": "neighbours"}
@@ -46,6 +47,7 @@ def lookup(
     points: Float[Array, "B Q K 2"],
     padding: str,
     implementation: str = "auto",
+    gradient_clamp: float | int = 0.0,
 ) -> Float[Array, "B Q K C"]:
     """The value of each token's map at its points, in float32.
 
@@ -59,8 +61,10 @@ def lookup(
       slots: Of the image that each token looks at.
       points: (x, y), in fractions of the image.
       padding: "zeros" or "border": what is outside of the map.
-      implementation: "gather" (four gathers), "neighbours" (one, of 2 x 2 cells),
-        "matmul" (a product with the weights of all cells, by chunks), or "auto".
+      implementation: "gather" (of the four cells one by one), "neighbours" (of 2 x 2
+        at once), "matmul" (a product with the weights of all cells, by chunks), or
+        "auto".
+      gradient_clamp: As in `sparseformer.SparseFormer`; 0 for none.
 
     Raises:
       ConfigError: an unknown padding or implementation.
@@ -68,6 +72,9 @@ def lookup(
     read = pick("model.lookup", choose(implementation), LOOKUPS)
     ends = pick("model.shape.padding", padding, PADDINGS)
     sizes = take(maps.sizes, slots)[:, :, None]
+    if gradient_clamp:
+        limits = gradient_clamp / jnp.maximum(sizes[..., ::-1], 1)
+        points = clamp_gradient(points, limits)
     places = points[..., ::-1].astype(jnp.float32) * sizes - 0.5
     low, high = ends(sizes)
     # Comparisons of what is not a number are false.
