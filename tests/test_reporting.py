@@ -3,6 +3,7 @@ import math
 import struct
 import types
 
+import jax
 import numpy as np
 import pytest
 import tqdm
@@ -121,21 +122,30 @@ def run_progress(workdir, peak):
     return reporting.read_metrics(epath.Path(workdir))[-1]
 
 
-def test_a_long_pass_over_pictures_tells_how_many_there_are_and_how_many_are_done(
-    monkeypatch,
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_long_pass_over_pictures_tells_how_many_are_done_on_all_hosts(
+    process, monkeypatch
 ):
     told, masks = io.StringIO(), ([[1, 1, 0]], [[1, 0, 0]])
     hosts = [types.SimpleNamespace(image_mask=np.array(mask)) for mask in masks]
+    tables = [np.zeros((5, 2)), np.zeros((1, 2))]
     stream = types.SimpleNamespace(
-        plan=types.SimpleNamespace(rows=1, tables=[np.zeros((2, 2)), np.zeros((1, 2))]),
+        plan=types.SimpleNamespace(rows=1, tables=tables),
         batches=lambda rows: zip(hosts, "ab", strict=True),
     )
 
     def bar(**given):
+        # Nothing is told of a pass that is over in seconds.
+        assert given["delay"] > 1
         return tqdm.tqdm(**(given | {"delay": 0, "mininterval": 0, "file": told}))
 
     monkeypatch.setattr(reporting, "tqdm", types.SimpleNamespace(tqdm=bar))
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     passed = reporting.watch(stream, "pictures")
     assert [each for _, each in passed] == ["a", "b"]
+    if process:
+        assert not told.getvalue()
+        return
     first, *_, last = told.getvalue().split("\r")[1:]
-    assert ("pictures" in first, "0/3" in first, "3/3" in last) == (True, True, True)
+    assert ("pictures" in first, "0/6" in first, "6/6" in last) == (True, True, True)

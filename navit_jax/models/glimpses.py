@@ -43,8 +43,8 @@ def lay_pixels(
     pool, (B, M, w) = shape.glimpse_pool, pixels.shape[:3]
     if pool < 1 or patch % pool or (w - HALO) % pool:
         raise ConfigError(
-            f"config.model.shape.glimpse_pool={pool} must divide the patch side, {patch},"
-            f" and that of a tile, {w - HALO}: 1 always does"
+            f"config.model.shape.glimpse_pool={pool} must divide the patch side, "
+            f"{patch}, and that of a tile, {w - HALO}: 1 always does"
         )
     own = pixels[:, :, BEFORE : BEFORE + w - HALO, BEFORE : BEFORE + w - HALO]
     line = normalise(own.reshape(B, M, -1), shape.pixel_mean, shape.pixel_std)
