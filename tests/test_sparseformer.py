@@ -74,6 +74,26 @@ def test_repeats_share_their_parameters():
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
+def test_parameters_start_as_published(version):
+    params = untrained(build(version))["params"]
+    unit = params["focusing"]
+    for name in ("adjustment_norm", "sampling_norm", "mixing_norm"):
+        np.testing.assert_allclose(unit[name]["scale"], 16**-0.5, rtol=1e-6)
+    for name in ("adjustment", "sampling", "generator"):
+        assert not unit[name]["kernel"].any()
+    for name in ("down", "mixed"):
+        assert 0.015 < unit[name]["kernel"].std() < 0.025
+    # Xavier-uniform: of channels 8 x 8, of points 4 x 3.
+    bias = unit["generator"]["bias"]
+    for part, sides in ((bias[:64], 8 + 8), (bias[64:], 4 + 3)):
+        reach = (6 / sides) ** 0.5
+        assert 0.7 * reach < np.abs(part).max() <= reach
+    assert 0.5 < params["tables"]["embedding"].std() < 1.5
+    if version == "v2":
+        assert 0.5 < params["stages"].std() < 1.5
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
 def test_boxes_do_not_move_before_training(version):
     model = build(version, capture=True)
     out = apply(model, params=untrained(model))

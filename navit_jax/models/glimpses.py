@@ -32,6 +32,8 @@ def lay_pixels(
 ) -> Maps:
     """The pictures as maps of 3 channels, normalised, a cell the mean of some pixels.
 
+    Without glimpses nothing reads them: `maps`.
+
     Args:
       pixels: A window for each tile of `maps`, as `feature_maps` cuts them.
       patch: Pixels a side of a patch of the data.
@@ -40,6 +42,8 @@ def lay_pixels(
     Raises:
       ConfigError: a side that does not divide that of patches.
     """
+    if not shape.glimpse:
+        return maps
     pool, (B, M, w) = shape.glimpse_pool, pixels.shape[:3]
     if pool < 1 or patch % pool or (w - HALO) % pool:
         raise ConfigError(
