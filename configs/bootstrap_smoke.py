@@ -162,7 +162,9 @@ def get_config(arg: str = ""):
         if arg == "scratch":
             config.task.inherit = ()
             config.optim.lr = 5e-4
-        # In a run the teacher would see 84 px too: only the benchmark asks it at 224.
+        # Here its teacher would see 84 px as well, in training without vectors and in
+        # evals: the benchmark asks it at 224.
+        config.data.teacher = "runs/teacher"
         config.evals = {}
     config.lock()
     return config

@@ -38,7 +38,8 @@ def test_every_config_describes_a_state_and_a_plan(call):
         for name, source in section["sources"].items():
             if source["name"] in ("tfds", "folder", "composites"):
                 section["sources"][name] = {"name": "clipart", "split": "train"}
-    config["data"] = {**config["data"], "num_labels": 3, "rand_augment": ""}
+    changes = {"num_labels": 3, "rand_augment": "", "teacher": ""}
+    config["data"] = {**config["data"], **changes}
     stream = experiment.build_stream(config)
     report = stream.plan.report()
     # Drawings of 25:1 exceed any table of a sensible length.

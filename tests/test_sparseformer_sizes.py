@@ -4,7 +4,7 @@ import pytest
 from small_sparseformer import build, trace
 
 from navit_jax.errors import ConfigError
-from navit_jax.models import sparseformer
+from navit_jax.models import sparseformer, sparseformer_sizes
 from navit_jax.models.sparseformer import SparseFormer
 
 
@@ -67,3 +67,8 @@ def test_too_little_room_is_said_with_what_is_needed():
     for attributes in ({}, {"allot": "drawn", "counts": (1, 4)}):
         with pytest.raises(ConfigError, match=r"latents=15: 4 images .* give 16"):
             trace(build(latents=15, **attributes))
+
+
+def test_no_latent_tokens_are_refused():
+    with pytest.raises(ConfigError, match=r"shape.latents=0: an image has one"):
+        sparseformer_sizes.named("v1_tiny/16", {"latents": 0})

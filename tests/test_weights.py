@@ -1,5 +1,6 @@
 """Files of weights: what is read, refused and written."""
 
+import ast
 import json
 import pickle
 import subprocess
@@ -19,8 +20,10 @@ from navit_jax.errors import ConfigError
 from navit_jax.initialise import from_run
 from navit_jax.models import MODELS
 from navit_jax.weights import fetch
+from navit_jax.weights.__main__ import describe
 from navit_jax.weights.axes import to_ours, to_torch
 from navit_jax.weights.files import read_tensors
+from navit_jax.weights.read import Weights
 
 D, PATCH, DEPTH = 16, 4, 2
 
@@ -176,11 +179,21 @@ def test_what_is_written_reads_back_to_the_bit(tmp_path):
     assert described["num_hidden_layers"] == DEPTH
 
 
+def test_what_inspect_prints_can_be_pasted_into_a_config():
+    model, text = {"bias": True, "eps": 1e-6, "side": None}, {"mean": [0.5, 0.25]}
+    said = describe(Weights("own", model, {}, [], [], text))
+    section, rest = said.split("config.model = ")[1].split("config.task.text = ")
+    assert (ast.literal_eval(section.strip()), ast.literal_eval(rest)) == (model, text)
+
+
 def test_inspect_ends_with_one_line_when_it_can_not(tmp_path):
     command = [sys.executable, "-m", "navit_jax.weights", "inspect", "vit_s15"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == "inspect: vit_s15: there is no such file"
+    assert done.stderr.strip() == (
+        "inspect: vit_s15: there is no such file, and no weights have that name; "
+        "known: vit_s14"
+    )
 
 
 def test_a_fetched_file_is_the_known_one(tmp_path, monkeypatch):

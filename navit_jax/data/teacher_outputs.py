@@ -53,7 +53,7 @@ def write(
       name: Of the source in the config.
       about: What the teacher was: anything that JSON has.
     """
-    path = pathlib.Path(folder)
+    path = pathlib.Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     np.save(path / f"{name}.npy", vectors, allow_pickle=False)
     stamp = {"fingerprint": source.fingerprint(), "about": about}
@@ -125,4 +125,7 @@ def _stamp(folder: str, name: str) -> dict[str, Any]:
 
 
 def _remedy(folder: str) -> str:
-    return f"`python -m navit_jax.teach --config=... --out={folder}` writes them"
+    return (
+        f"`python -m navit_jax.teach --config=... --side=PIXELS --out={folder}` writes "
+        "them"
+    )

@@ -206,6 +206,10 @@ def named(size: str, changes: Mapping[str, Any]) -> tuple[Shape, int]:
             raise ConfigError(f"config.model.shape.{key} is unknown; {hint}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     shape = SHAPES[name]._replace(**values)
+    if shape.latents < 1:
+        raise ConfigError(
+            f"config.model.shape.latents={shape.latents}: an image has one at least"
+        )
     for width, heads in (
         ("focus_width", "focus_heads"),
         ("width", "num_heads"),

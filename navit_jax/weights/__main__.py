@@ -8,6 +8,7 @@ transformers, with a config.json that says it all.
 import argparse
 import json
 import pathlib
+import pprint
 import sys
 from typing import Any
 
@@ -22,9 +23,11 @@ from navit_jax.weights.write import write
 def describe(weights: Weights) -> str:
     """What `inspect` prints."""
     lines = [format_table(weights.origins), f"layout: {weights.layout}"]
-    lines += [f"config.model = {json.dumps(weights.model, indent=2)}"]
+    lines += [f"config.model = {pprint.pformat(weights.model, sort_dicts=False)}"]
     if weights.text:
-        lines += [f"config.task.text = {json.dumps(weights.text, indent=2)}"]
+        lines += [
+            f"config.task.text = {pprint.pformat(weights.text, sort_dicts=False)}"
+        ]
     lines += [
         f"assumed, as the file does not say it: {name} = "
         f"{weights.model[name]!r} (--set {name}=...)"

@@ -74,10 +74,16 @@ def find(name_or_path: str) -> pathlib.Path:
     """A path as it is; of a name, the file that was fetched.
 
     Raises:
-      ConfigError: it has not been.
+      ConfigError: it has not been, or it is neither a name nor a path.
     """
     if name_or_path not in PACKAGES:
-        return pathlib.Path(name_or_path).expanduser()
+        path = pathlib.Path(name_or_path).expanduser()
+        if path.name == name_or_path and not path.exists():
+            raise ConfigError(
+                f"{name_or_path}: there is no such file, and no weights have that name;"
+                f" known: {', '.join(PACKAGES)}"
+            )
+        return path
     path = locate(name_or_path)
     if not path.is_file():
         raise ConfigError(
