@@ -176,10 +176,21 @@ def test_gradients_of_boxes_are_kept_small_and_what_is_no_picture_spoils_none():
 
     free, kept = slope(params, rois, 0.0), slope(params, rois, 0.5)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((free, kept)))
-    # Each of 9 points counts for a share of its corner; the maps have 2 to 6 cells.
     assert np.abs(free[1]).max() > 100
-    assert 0 < np.abs(kept[1]).max() <= 9 * 0.5 / 2
+    # Of 9 points half count for a corner; cells (x, y) of each token's map.
+    cells = np.array([(2, 6), (6, 4), (2, 6)])
+    most = 4.5 * 0.5 / np.tile(cells, 2)
+    assert (np.abs(kept[1])[0, :3] <= most * 1.001).all()
+    assert np.asarray(kept[1])[0, :3].any()
     assert not np.asarray(kept[1])[1].any()
+
+
+def test_a_picture_without_a_map_has_no_pixels():
+    _, maps = _lay()
+    pixels, grids = jnp.zeros((2, 9, 11, 11, 3)), jnp.array([GRIDS, GRIDS])
+    there = maps._replace(sizes=jnp.array([[[2, 3], [0, 0]], [[0, 0], [3, 1]]]))
+    found = lay_pixels(pixels, there, grids, 4, SHAPE)
+    assert found.sizes.tolist() == [[[4, 6], [0, 0]], [[0, 0], [6, 2]]]
 
 
 def test_tokens_keep_their_dtype():
