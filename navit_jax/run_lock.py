@@ -5,6 +5,7 @@ the owner alone. A run whose lock was taken over notices at its next heartbeat.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
@@ -168,11 +169,10 @@ def _read(path: epath.Path) -> dict[str, Any]:
 def _process_start(pid: int) -> str:
     """When a process started, in ticks where the kernel tells; "" if it is gone."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # It lives, and is another user's.
+            os.kill(pid, 0)
     except ProcessLookupError:
         return ""
-    except PermissionError:
-        pass
     try:
         stat = epath.Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:

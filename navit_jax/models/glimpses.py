@@ -115,4 +115,4 @@ class _Positions(nn.Module):
     ) -> Float[Array, "B Q D"]:
         shape = (self.side, self.side, width)
         table = self.param("table", nn.initializers.normal(0.02), shape)
-        return resample_at(table, places, "bicubic")
+        return resample_at(table, places)

@@ -20,7 +20,7 @@ from navit_jax.models.rope import rotate
 
 
 def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """Exact GELU, by erf: by erfc the gradient takes twice as long on a CPU."""
+    """Exact GELU in float32, by erf: erfc takes a CPU longer."""
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 

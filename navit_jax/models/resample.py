@@ -43,28 +43,19 @@ def resample(
 
 
 def resample_at(
-    table: Float[Array, "h w D"],
-    places: Float[Array, "B L 2"],
-    filter: str = "bilinear",
+    table: Float[Array, "h w D"], places: Float[Array, "B L 2"]
 ) -> Float[Array, "B L D"]:
-    """The table at any places (y, x), in fractions of its sides.
+    """The table at any places (y, x), in fractions of its sides, by "bicubic".
 
     At the centres of a grid's cells it is `resample` with that grid. There is no
     gradient to a place.
-
-    Args:
-      filter: "bilinear" or "bicubic": others depend on a grid.
-
-    Raises:
-      ConfigError: an unknown filter, or one that depends on a grid.
     """
-    weigh = pick("model.positions.filter", filter, AT_PLACES)
     both = []
     for axis in (0, 1):
         size = table.shape[axis]
         place = jax.lax.stop_gradient(jnp.clip(places[..., axis], 0, 1)) * size - 0.5
         below = jnp.floor(place)
-        both.append(weigh(below.astype(jnp.int32), place - below, size))
+        both.append(_interpolate(below.astype(jnp.int32), place - below, size))
     return _read(table, *both)
 
 
@@ -96,23 +87,18 @@ def _taps(
 def _bilinear(
     index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
 ) -> Float[Array, "B L {size}"]:
-    return _interpolate(*_source(index, side, size), size)
+    below, rest = _source(index, side, size)
+    rest = rest[..., None]
+    return (1 - rest) * _taps(below, 0, size) + rest * _taps(below, 1, size)
 
 
 def _bicubic(
     index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
 ) -> Float[Array, "B L {size}"]:
-    return _interpolate_cubic(*_source(index, side, size), size)
+    return _interpolate(*_source(index, side, size), size)
 
 
 def _interpolate(
-    below: Int[Array, "B L"], rest: Float[Array, "B L"], size: int
-) -> Float[Array, "B L {size}"]:
-    rest = rest[..., None]
-    return (1 - rest) * _taps(below, 0, size) + rest * _taps(below, 1, size)
-
-
-def _interpolate_cubic(
     below: Int[Array, "B L"], rest: Float[Array, "B L"], size: int
 ) -> Float[Array, "B L {size}"]:
     offsets = (-1, 0, 1, 2)
@@ -164,7 +150,6 @@ FILTERS = {
     "bicubic": _bicubic,
     "bicubic_antialias": _bicubic_antialias,
 }
-AT_PLACES = {"bilinear": _interpolate, "bicubic": _interpolate_cubic}
 
 
 class Learned1D(nn.Module):
