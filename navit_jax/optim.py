@@ -75,7 +75,7 @@ def compose(
         and no backward pass leads to them (`stop_frozen`): a locked image tower
         (LiT) is (("encoder/.*", True),) and goes forward only. Of stacked parameters
         some layers may be frozen, as (("encoder/blocks/.*", "4:"),): they stay equal
-        to the bit too, but keep their optimizer state.
+        to the bit and have no state either, but the backward pass does visit them.
       clip: The largest global norm of the gradient; 0 switches clipping off.
     """
     names = list(paths.flatten(params))
@@ -100,7 +100,6 @@ def compose(
             )
         ),
         optax.scale_by_learning_rate(rate),
-        _each(lambda name, update, _: _still(update, frozen[name])),
     )
     # Adding -0.0 changes no bit; adding 0.0 turns -0.0 into 0.0.
     still = _each(lambda _, update, __: jnp.full_like(update, -0.0))
@@ -108,7 +107,8 @@ def compose(
         lambda path, _: "frozen" if frozen[paths.name(path)] is True else "trained",
         params,
     )
-    return optax.partition({"trained": trained, "frozen": still}, labels), rate
+    tuned = _tune_layers(trained, frozen)
+    return optax.partition({"trained": tuned, "frozen": still}, labels), rate
 
 
 def find_frozen(freeze: Sequence[Any], params: Any) -> dict[str, bool | slice]:
@@ -154,14 +154,38 @@ def drop_frozen(freeze: Sequence[Any], params: Any) -> Any:
     return paths.nest({n: leaf for n, leaf in leaves.items() if frozen[n] is not True})
 
 
-def _still(update: jax.Array, layers: bool | slice) -> jax.Array:
-    """The update, nothing for the layers that are frozen."""
-    if not isinstance(layers, slice):
-        return update
-    return jnp.where(_mask(update, layers), -0.0, update)
+def _tune_layers(
+    inner: optax.GradientTransformation, frozen: Mapping[str, bool | slice]
+) -> optax.GradientTransformation:
+    """Of stacks that are frozen in part, `inner` is shown the tuned layers alone."""
+
+    def select(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: (
+                jnp.delete(p, layers, 0)
+                if isinstance(layers := frozen[paths.name(path)], slice)
+                else p
+            ),
+            tree,
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        changed, state = inner.update(select(updates), state, select(params))
+
+        def fill(path: Any, update: jax.Array, p: Any) -> jax.Array:
+            layers = frozen[paths.name(path)]
+            if not isinstance(layers, slice):
+                return update
+            return jnp.full_like(p, -0.0).at[~_mask(p, layers).ravel()].set(update)
+
+        return jax.tree_util.tree_map_with_path(fill, changed, updates), state
+
+    return optax.GradientTransformation(
+        lambda params: inner.init(select(params)), update
+    )
 
 
-def _mask(p: jax.Array, layers: slice) -> np.ndarray:
+def _mask(p: Any, layers: slice) -> np.ndarray:
     """Which layers are meant, in the rank of the parameter."""
     mask = np.zeros(p.shape[0], bool)
     mask[layers] = True

@@ -162,7 +162,7 @@ def state_shardings(
 
     A leaf whose path ends in a parameter's path takes that parameter's axes if the
     shapes agree, or those without the missing dimension if it is a factored moment.
-    Everything else is replicated.
+    It may have fewer layers, those that are not frozen. Everything else is replicated.
 
     Args:
       state: A tree of shapes and dtypes: parameters, optimizer state, averages, counts.
@@ -177,7 +177,10 @@ def state_shardings(
         name = next((tail for tail in tails if tail in shapes), None)
         if name is None:
             return NamedSharding(mesh, P())
-        return NamedSharding(mesh, _fit(tuple(leaf.shape), shapes[name], specs[name]))
+        shape, whole = tuple(leaf.shape), shapes[name]
+        if shape and paths.is_stacked(name):
+            whole = (shape[0], *whole[1:])
+        return NamedSharding(mesh, _fit(shape, whole, specs[name]))
 
     return jax.tree_util.tree_map_with_path(place_leaf, state)
 

@@ -205,6 +205,33 @@ def test_frozen_parameters_stay_equal_to_the_bit_and_have_no_state(name):
     assert [path for path in paths.flatten(state) if "blocks" in path]
 
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("layers", ["1:-1", ":3", "-1:"])
+def test_a_stack_that_is_frozen_in_part_is_tuned_as_its_other_layers_alone(
+    name, layers
+):
+    stop = np.arange(5)[slice(*(int(n) if n else None for n in layers.split(":")))]
+    tuned = np.setdiff1d(np.arange(5), stop)
+    stack = {"kernel": normal(2, 5, 33, 34), "bias": normal(3, 5, 34)}
+    stack["bias"][:, 0] = -0.0
+    slopes = [
+        {"kernel": normal(i, 5, 33, 34), "bias": normal(i, 5, 34)} for i in (8, 9)
+    ]
+    for slope in slopes:
+        for each in slope.values():
+            each[stop] = 0  # as `stop_frozen` leaves them
+    section = {"name": name, "lr": 0.1, "schedule": CONSTANT, "weight_decay": 0.1}
+    some = section | {"freeze": ((r"blocks/.*", layers),)}
+    history, state = run(some, {"blocks": stack}, [{"blocks": s} for s in slopes])
+    own = jax.tree.map(lambda x: x[tuned], [stack, *slopes])
+    alone, expected = run(section, {"blocks": own[0]}, [{"blocks": s} for s in own[1:]])
+    for path, found in history[-1]["blocks"].items():
+        np.testing.assert_array_equal(found[tuned], alone[-1]["blocks"][path])
+        assert np.asarray(found)[stop].tobytes() == stack[path][stop].tobytes(), path
+    leaves, others = jax.tree.leaves(state), jax.tree.leaves(expected)
+    assert [x.shape for x in leaves] == [x.shape for x in others]
+
+
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
     section = {"name": "adamw", "lr": 0.1, "schedule": CONSTANT, "eps": 1.0}
     section["freeze"] = (("encoder/.*", True),)

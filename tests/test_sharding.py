@@ -64,9 +64,11 @@ def test_parameters_are_split_by_rule_and_the_layer_axis_never(caplog):
     assert "encoder/pool/key/kernel (32, 3, 8) over tensor=2" in lines[0]
 
 
+@pytest.mark.parametrize("layers", [6, 2], ids=["all", "tuned"])
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_optimizer_leaves_go_with_their_parameters(name):
+def test_optimizer_leaves_go_with_their_parameters(name, layers):
     section = {"name": name, "lr": 1.0, "schedule": {"name": "constant"}}
+    section["freeze"] = ((".*/blocks/.*", f"{layers}:"),)
     if name == "adafactor":
         section["min_dim_size_to_factor"] = 8
     tx, _ = optim.build(section, 10, PARAMS)
@@ -82,14 +84,14 @@ def test_optimizer_leaves_go_with_their_parameters(name):
     if name == "adamw":
         assert {specs[n] for n in moments.values()} == {EXPECTED[query]}
     else:
-        # [6 32 4 8] is factored over 32 and 8.
+        # [6 32 4 8] is factored over 32 and 8; frozen layers have no moments.
         by_shape = {shapes[n]: specs[n] for n in specs
                     if n.startswith("opt") and n.endswith(query)}  # fmt: skip
         assert by_shape == {
-            (6, 4, 8): P(None, "tensor", None),
-            (6, 32, 4): P(None, "fsdp", "tensor"),
+            (layers, 4, 8): P(None, "tensor", None),
+            (layers, 32, 4): P(None, "fsdp", "tensor"),
             (1,): P(),
-            (6, 32, 4, 8): EXPECTED[query],
+            (layers, 32, 4, 8): EXPECTED[query],
         }
 
 
