@@ -8,8 +8,9 @@ Command: python -m navit_jax.train --workdir=RUN \\
     --config=configs/segmentation_composites.py
     from scratch, a SparseFormer of 36 tokens for 8 x 8 patches; ...py:navit is a NaViT
     of the same width with a linear head.
-Cost: minutes on two cores. Not measured yet. Background covers 87 % of the pixels: who
-guesses nothing else has a pixel accuracy of .87 and a mean IoU of .87 / 9 = .10.
+Cost: 10 minutes on two cores, 4 for the NaViT, both beside other work. Mean IoU of 300
+validation scenes .186, and .174 of the NaViT; who guesses background everywhere, 87 %
+of the pixels, has .87 / 9 = .10. Buildings, plants, recreation, tools are not learned.
 """
 
 import ml_collections

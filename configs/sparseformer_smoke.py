@@ -3,7 +3,8 @@
 Source: SparseFormer v1 (arXiv 2304.03768) at the size of a demonstration, `v1_micro`;
 without RandAugment, which needs timm (--config.data.rand_augment=rand-m9-mstd0.5-inc1).
 Command: python -m navit_jax.train --config=configs/sparseformer_smoke.py --workdir=RUN
-Cost: minutes on two cores. Not measured yet.
+Cost: 4 min 33 s on two cores beside other work. 192 validation pictures: .41, test .375
+(.288 .. .474); always the commonest class .260, the aspect alone .365.
 """
 
 import ml_collections

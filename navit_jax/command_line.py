@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from navit_jax import processes
 from navit_jax.errors import ConfigError
 
 
@@ -19,13 +20,17 @@ class ConfigParser(config_flags.ConfigFileFlagParser):
 
     def parse(self, path: str) -> Any:
         """The config; each section that an override names is there."""
-        if path and not pathlib.Path(file := path.split(":", 1)[0]).is_file():
+        file, colon, given = (path or "").partition(":")
+        if path and not pathlib.Path(file).is_file():
             raise ValueError(f"there is no file {file}")
         try:
             config = super().parse(path)
         except (TypeError, ValueError) as error:
             # It comes with a traceback, of which the last line says it.
-            raise ValueError(str(error).strip().splitlines()[-1]) from error
+            said = str(error).strip().splitlines()[-1]
+            if colon and "get_config() takes 0 positional arguments" in said:
+                said = f"{file} takes no argument; given {given!r}"
+            raise ValueError(said) from error
         if isinstance(config, ConfigDict):
             config.unlock()
             for argument in sys.argv:
@@ -148,7 +153,7 @@ def run(main: Callable[..., int | None], words: bool = False) -> None:
 
     def call(argv: list[str]) -> int | None:
         quiet_libraries()
-        with exit_codes():
+        with processes.together(), exit_codes():
             if words:
                 return main(argv[1:])
             if argv[1:]:

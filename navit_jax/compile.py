@@ -6,11 +6,14 @@ it belongs, so no device ever holds more than its share.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,20 +70,33 @@ class Program:
         """Fresh values, or parameters that `model.init` loads, already sharded."""
         init = jax.jit(self._init, out_shardings=self._shardings)
         state = init(jax.random.key(self._config["seed"]))
-        section, params = self._config["model"].get("init"), state.params
         rules = getattr(self._task, "inherit", ())
-        if not section and not rules:
+        if not self._config["model"].get("init") and not rules:
             return state
-        if section:
-            params = config_lib.call(
-                initialise.from_run, section, "model.init", params=params
-            )
+        params = self._load(state.params)
         if rules:
             copy = functools.partial(inheritance.inherit, rules=rules)
             params = jax.jit(copy, out_shardings=self._shardings.params)(params)
         frozen = freeze(self._config, self._task)
         ema = train_state.start_ema(params, frozen) if self._options.ema else {}
         return dataclasses.replace(state, params=params, ema=ema)
+
+    def first_params(self, roots: Collection[str]) -> Any:
+        """The parameters under some roots alone, before any is inherited."""
+
+        def init(key: jax.Array) -> Any:
+            return _choose(self._init(key).params, roots)
+
+        where = _choose(self._shardings.params, roots)
+        made = jax.jit(init, out_shardings=where)(jax.random.key(self._config["seed"]))
+        return _choose(self._load({**self.abstract.params, **made}), roots)
+
+    def _load(self, params: Any) -> Any:
+        if not (section := self._config["model"].get("init")):
+            return params
+        return config_lib.call(
+            initialise.from_run, section, "model.init", params=params
+        )
 
     def step(self) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
         """The jitted (state, batch, signals) -> (state, metrics); donates the state.
@@ -125,6 +141,26 @@ class Program:
             self._options.ema,
             freeze(self._config, self._task),
         )
+
+
+def tell(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step; its first call says that it compiles, and for how long it did."""
+    calls = itertools.count()
+
+    def call(*args: Any) -> Any:
+        if next(calls):
+            return step(*args)
+        logging.info("compiling the training step")
+        begun = time.monotonic()
+        result = step(*args)
+        logging.info("compiled in %.0f s", time.monotonic() - begun)
+        return result
+
+    return call
+
+
+def _choose(tree: Mapping[str, Any], roots: Collection[str]) -> dict[str, Any]:
+    return {root: part for root, part in tree.items() if root in roots}
 
 
 def freeze(config: Mapping[str, Any], task: Task) -> list[Any]:

@@ -61,7 +61,9 @@ def choose_law(
 def set_latents(model: Any, count: float | int) -> Any:
     """The predictor with another number of latent tokens an image, and no new weights.
 
-    The learned tables of boxes and embeddings are interpolated (arXiv 2304.03768).
+    The learned tables of boxes and embeddings are interpolated (arXiv 2304.03768), so
+    that any number begins with boxes that differ: on a grid as square as the number
+    has factors. 48 is 8 x 6, and 47 a line across the middle of the picture.
 
     Args:
       model: A `Predictor`.

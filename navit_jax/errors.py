@@ -1,7 +1,8 @@
 """Errors that end a run, each with the exit code that launchers act on.
 
 0 done, 2 wrong use or config, 3 data below the quality limit, 4 numbers not finite,
-5 no usable checkpoint, 42 saved after preemption: start me again.
+5 no usable checkpoint, 42 saved after preemption: start me again, 43 hung, 44
+another process of the run was lost: start me again.
 """
 
 
@@ -42,3 +43,5 @@ class CheckpointError(RuntimeError):
 
 
 PREEMPTED = 42
+HUNG = 43
+LOST_PEER = 44

@@ -20,6 +20,7 @@ from navit_jax import (
     data,
     experiment,
     predictor,
+    processes,
     run_folder,
     sharding,
 )
@@ -262,8 +263,10 @@ def define_main() -> Callable[[], int]:
     output = flags.DEFINE_string(
         "output", "", "A .json file; default: evaluation.json in the run's folder"
     )
+    start = processes.define_flags()
 
     def main() -> int:
+        start(workdir.value)
         evaluate(
             workdir.value,
             [command_line.parse_side(side) for side in sides.value],

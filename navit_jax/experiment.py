@@ -1,6 +1,5 @@
 """From a resolved config to the things it names: encoder, task, sources, plans."""
 
-import dataclasses
 import fnmatch
 import functools
 import inspect
@@ -23,34 +22,11 @@ from navit_jax.errors import ConfigError, TooLarge
 from navit_jax.models.positions import POSITIONS
 from navit_jax.schedules import SCHEDULES
 from navit_jax.tasks import TASKS, Task
+from navit_jax.tasks.bootstrapping import longest_side
+from navit_jax.train_options import TrainOptions
 
 SECTIONS = ("data", "model", "task", "optim", "mesh", "checkpoint", "evals", "train")
 REQUIRED = ("seed", "steps", "data", "model", "task", "optim")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """Section `train` of a config: how the loop goes about its steps.
-
-    Attributes:
-      accumulate: Passes a step's rows are split into; the gradients stay the same.
-      ema: Decay of the running mean of the parameters, which evaluation then uses;
-        0 for none.
-      report_every: Steps between reports.
-      evaluate_every: Steps between evaluations; 0 is at the end only.
-      save_every: Steps between checkpoints; 0 is at the end only. The step of an
-        evaluation is saved too.
-      bad_images: Share of the last 10,000 planned images that may be unusable.
-      nonfinite_steps: Skipped steps of the run that may have been not finite.
-    """
-
-    accumulate: int = 1
-    ema: float | int = 0.0
-    report_every: int = 10
-    evaluate_every: int = 0
-    save_every: int = 1000
-    bad_images: float | int = 0.01
-    nonfinite_steps: int = 10
 
 
 # Who reads the keys of a section: factories, or a table from which its `name` chooses
@@ -293,6 +269,6 @@ def _open(
         where,
         seed=config["seed"],
         patch=models.patch_size(config["model"]["size"]),
-        max_side=build_encoder(config).max_side,
+        max_side=longest_side(config["task"], build_encoder(config).max_side),
         training=training,
     )

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from navit_jax import checkpoint, paths
+from navit_jax import checkpoint, paths, saved_steps
 from navit_jax.config import nearest
 from navit_jax.errors import ConfigError
 
@@ -38,6 +38,41 @@ class Origin:
     shape: tuple[int, ...]
 
 
+def check_begin(config: Mapping[str, Any], workdir: epath.Path) -> None:
+    """As `check_section`, of a run that will read it: there is nothing saved."""
+    resume = config.get("checkpoint", {}).get("resume")
+    if not resume and not saved_steps.find(workdir / "checkpoints"):
+        check_section(config["model"].get("init"))
+
+
+def check_section(section: Mapping[str, Any] | None) -> None:
+    """Refuses a section `model.init` whose source is not there; nothing is read.
+
+    Raises:
+      ConfigError: neither or both of weights and workdir are given, or there is none.
+    """
+    if not section:
+        return
+    workdir, weights = section.get("workdir", ""), section.get("weights", "")
+    if bool(workdir) == bool(weights):
+        raise ConfigError("config.model.init: give workdir or weights, one of them")
+    if weights:
+        # Not above: that package reports by this module.
+        from navit_jax.weights import fetch
+
+        try:
+            path = fetch.find(weights)
+        except ConfigError as error:
+            raise ConfigError(f"config.model.init.weights: {error}") from error
+        if not path.exists():
+            raise ConfigError(f"config.model.init.weights: there is no {path}")
+    elif not saved_steps.find(epath.Path(workdir) / "checkpoints"):
+        raise ConfigError(
+            f"config.model.init.workdir={workdir!r} has no checkpoint: give the folder "
+            "of a run that has saved"
+        )
+
+
 def load_params(
     params: Any,
     source: Any,
@@ -49,7 +84,7 @@ def load_params(
 
     Args:
       params: Freshly initialised parameters, a nested dict; dtypes and shardings of the
-        result are theirs.
+        result are theirs. What is a `jax.ShapeDtypeStruct` stays one, and is not told.
       source: The parameters of another run, a nested dict.
       rules: (pattern of a path in params, path in the source) pairs; the first match
         wins, groups may be used as in `re.sub`, and "" keeps the parameter as it was
@@ -73,11 +108,15 @@ def load_params(
     filled, origins, used = {}, [], set()
     for name, fresh in targets.items():
         wanted = _source_name(name, rules) if templates[name] else ""
+        if wanted in given:
+            used.add(wanted)
+        if isinstance(fresh, jax.ShapeDtypeStruct):
+            filled[name] = fresh
+            continue
         if wanted not in given:
             filled[name] = fresh
             origins.append(Origin(name, "initialised", "", tuple(fresh.shape)))
             continue
-        used.add(wanted)
         value = np.asarray(given[wanted])
         how = "loaded"
         if value.shape != fresh.shape:
@@ -126,8 +165,7 @@ def from_run(
     Raises:
       ConfigError: neither or both are given; or as of `load_params`.
     """
-    if bool(workdir) == bool(weights):
-        raise ConfigError("config.model.init: give workdir or weights, one of them")
+    check_section({"workdir": workdir, "weights": weights})
     if weights:
         # Not above: that package reports by this module.
         from navit_jax.weights import fetch, read, texts

@@ -109,6 +109,13 @@ def draw_images(stream: Stream, num_rows: int = 3) -> Any:
     return pictures.draw_batch(batch, stream.plan.patch, num_rows)
 
 
+def _check_writable(path: epath.Path) -> None:
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"--picture={path} can not be written: {error}") from error
+
+
 def define_main() -> Callable[[], int]:
     """Defines the flags, and returns what reads them and reports."""
     config = command_line.define_config()
@@ -122,13 +129,15 @@ def define_main() -> Callable[[], int]:
             raise ConfigError("say what to plan: --packing")
         resolved = config_lib.resolve(config.value)
         experiment.check_sections(resolved)
+        path = epath.Path(picture.value) if picture.value else None
+        if path:
+            _check_writable(path)
         stream = experiment.build_stream(resolved)
         print(packing_report(stream, resolved["steps"], windows.value))
         draw = draw_images if images.value else draw_rows
-        if picture.value:
-            path = epath.Path(picture.value)
+        if path:
             path.write_bytes(pictures.encode(draw(stream), "png"))
-            print(f"picture: {picture.value}")
+            print(f"picture: {path}")
         return 0
 
     return main

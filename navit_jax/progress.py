@@ -14,6 +14,9 @@ from navit_jax.host_signals import Totals
 
 Sums = collections.Counter[str]
 
+# Ends of names of an evaluation's numbers that its line in the log has room for.
+SHOWN = ("/accuracy", "/loss", "r1", "/centred_cosine", "/mean_iou", "/pixel_accuracy")
+
 
 class Progress:
     """Sums metrics over the steps of an interval and reports at its end.
@@ -156,7 +159,7 @@ class Progress:
         shown = "  ".join(
             f"{name[5:]} {value:.4g}"
             for name, value in values.items()
-            if name.endswith(("/accuracy", "/loss", "r1", "/centred_cosine"))
+            if name.endswith(SHOWN)
         )
         logging.info("step %d evaluated in %.1f s: %s", step, seconds, shown)
         self.writer.write(step, values)

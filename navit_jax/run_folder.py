@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from navit_jax import config as config_lib
-from navit_jax import run_lock
+from navit_jax import run_lock, saved_steps
 from navit_jax.data import codec
 from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.errors import ConfigError
@@ -85,8 +85,11 @@ def store_config(
 
 
 def has_begun(workdir: epath.Path) -> bool:
-    """Whether there is a record; a run that ended before binds to nothing."""
-    return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    """Whether there is a record or a saved step; what ended before binds to nothing."""
+    metrics = workdir / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().length:
+        return True
+    return bool(saved_steps.find(workdir / "checkpoints"))
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,9 +44,12 @@ def make_mesh(
 ) -> Mesh:
     """The mesh (replica, fsdp, tensor) over all devices; -1 is what the others leave.
 
+    Of several slices of TPUs, replicas alone are split over them: between slices is the
+    slow network, which then carries gradients and nothing else.
+
     Raises:
-      ConfigError: the sizes do not make up the number of devices; it names those that
-        would.
+      ConfigError: the sizes do not make up the number of devices, or replicas that of
+        slices; it names those that would.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(AXES, (replica, fsdp, tensor), strict=True))
@@ -66,8 +69,18 @@ def make_mesh(
             f"config.mesh ({asked}) does not make up {total} devices; "
             + _possible(sizes, total)
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    if shape[0] % slices:
+        raise ConfigError(
+            f"config.mesh.replica={shape[0]}: the devices are {slices} slices, and "
+            f"replicas alone are split over them: take a multiple of {slices}"
+        )
+    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, types
     )
 
 

@@ -13,13 +13,28 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags, logging
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
-from navit_jax import command_line, compile, data, experiment, reporting, sharding
+from navit_jax import (
+    command_line,
+    compile,
+    data,
+    experiment,
+    initialise,
+    processes,
+    reporting,
+    run_folder,
+    sharding,
+)
 from navit_jax import config as config_lib
 from navit_jax.batch import PackedBatch
 from navit_jax.data import teacher_outputs
+from navit_jax.errors import TooLarge
+
+# Of a student and its teacher's parameters, those that the teacher's vectors are of.
+PARTS = "teacher", "head"
 
 
 def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
@@ -31,28 +46,43 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
       out: The folder.
 
     Raises:
-      ConfigError: the task has no teacher, or as of `experiment.build_eval_streams`.
+      ConfigError: the task has no teacher, or as of `experiment.build_eval_streams`, or
+        the folder can not be written.
     """
     config = {**config, "data": {**config["data"], "teacher": ""}}
     experiment.check_sections(config)
+    initialise.check_section(config["model"].get("init"))
+    run_folder.check_writable(epath.Path(out).expanduser(), f"--out={out}")
     mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
     whole = experiment.build_stream(config)
     task: Any = experiment.build_task(config, whole.num_classes)
     about = experiment.about_teacher(config, task)
+    streams = _open(config, side, mesh)
     with jax.set_mesh(mesh):
-        params = (
-            compile.Program(config, task, whole.example(), mesh).first_state().params
-        )
-        for name, section in config["data"]["sources"].items():
-            source = {k: v for k, v in section.items() if k != "weight"}
-            asked = {"sources": {name: source}, "sides": (side,)}
-            shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
-            streams = experiment.build_eval_streams(config, asked, name, shards, "--")
-            for _, stream in streams:
-                vectors = run(task.vectors_of_teacher, params, stream, mesh)
-                (read,), _ = data.open_sources({name: source})
-                teacher_outputs.write(out, name, read, vectors, about)
-                logging.info("%s: %s vectors of %s", out, vectors.shape, name)
+        program = compile.Program(config, task, whole.example(), mesh)
+        params = program.first_params(PARTS)
+        for name, stream in streams.items():
+            vectors = run(task.vectors_of_teacher, params, stream, mesh)
+            (read,), _ = data.open_sources({name: config["data"]["sources"][name]})
+            teacher_outputs.write(out, name, read, vectors, about, side)
+            logging.info("%s: %s vectors of %s", out, vectors.shape, name)
+
+
+def _open(
+    config: Mapping[str, Any], side: int | float | str, mesh: Mesh
+) -> dict[str, data.Stream]:
+    """The pictures of each source, once."""
+    shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
+    streams = {}
+    for name, section in config["data"]["sources"].items():
+        source = {k: v for k, v in section.items() if k != "weight"}
+        asked = {"sources": {name: source}, "sides": (side,)}
+        try:
+            found = experiment.build_eval_streams(config, asked, name, shards)
+            ((_, streams[name]),) = found
+        except TooLarge as error:
+            raise TooLarge(error.text, f"--side={side}") from error
+    return streams
 
 
 def run(
@@ -95,8 +125,10 @@ def define_main() -> Callable[[], int]:
     config = command_line.define_config()
     side = flags.DEFINE_string("side", "native", "In pixels, or native")
     out = flags.DEFINE_string("out", None, "A folder", required=True)
+    start = processes.define_flags()
 
     def main() -> int:
+        start(out.value)
         resolved = config_lib.resolve(config.value)
         teach(resolved, command_line.parse_side(side.value), out.value)
         return 0

@@ -3,6 +3,7 @@
 The same command on the same folder resumes. The loop is: step, report, evaluate, save.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,14 +20,18 @@ from navit_jax import (
     evaluator,
     experiment,
     host_signals,
+    initialise,
     optim,
     paths,
     peak_flops,
+    processes,
     reporting,
     run_folder,
     sharding,
     signals,
+    tracing,
     train_flops,
+    watch,
 )
 from navit_jax import config as config_lib
 from navit_jax.batch import BatchInfo, PackedBatch
@@ -63,6 +68,8 @@ def train(
     """
     experiment.check_sections(config)
     workdir = epath.Path(workdir).absolute()
+    processes.check_same(config, workdir)
+    initialise.check_begin(config, workdir)
     with (
         signals.stop_requests() as stop,
         run_folder.hold(workdir, take_over) as check_lock,
@@ -103,19 +110,14 @@ class Run:
         restored = self.saves.restore(program.abstract, self.steps)
         meta: Mapping[str, Any] = {}
         if restored:
-            self.first, self.state, meta = (
-                restored.step,
-                restored.state,
-                restored.metadata,
-            )
+            self.first, self.state, meta = restored
             logging.info("resuming after step %d of %d", self.first, self.steps)
             self.stream.plan.check_fingerprint(meta["fingerprint"])
         else:
             self.first, self.state = 0, program.first_state()
-            overview = paths.tabulate(program.abstract.params)
-            logging.info("parameters:\n%s", overview)
+            logging.info("parameters:\n%s", paths.tabulate(program.abstract.params))
         self.quality = QualityLimit(self.options.bad_images, meta.get("quality", ()))
-        self.step_fn = program.step()
+        self.step_fn = compile.tell(program.step())
         self.judge = jax.jit(
             lambda *args: self.task.metrics(*args)["loss"].total,
             out_shardings=sharding.batch_sharding(mesh),
@@ -133,19 +135,20 @@ class Run:
         self.owed = meta.get("owed", False) and not reporting.was_evaluated(
             workdir, self.first
         )
-        self.tracing = False
 
     def run(self, profile: tuple[int, int] | None = None) -> int:
         """Runs the loop, and closes what it opened however it ends."""
-        try:
-            code = self._loop(profile)
-            self.saves.close()
-            return code
-        finally:
-            self._trace(None, self.steps)
-            self.progress.close()
+        trace = tracing.Trace(self.workdir / "profile", profile)
+        with watch.Watch(self.workdir, self.options.hang_seconds) as self.watch:
+            try:
+                code = self._loop(trace)
+                self.saves.close()
+                return code
+            finally:
+                trace.stop()
+                self.progress.close()
 
-    def _loop(self, profile: tuple[int, int] | None) -> int:
+    def _loop(self, trace: tracing.Trace) -> int:
         """Steps, reports, evaluates, saves; returns the exit code."""
         # What was asked for while all was built: there is nothing new to save.
         step, stopped = self.first, self.stop.agreed()
@@ -155,14 +158,13 @@ class Run:
         batches = self.stream.batches(self.rows, self.position)
         pending: list[tuple[int, PackedBatch, BatchInfo, Any]] = []
         while step < self.steps and not stopped:
-            self._trace(profile, step)
-            begun = time.monotonic()
+            trace.reach(step)
+            self.watch.tell(
+                f"reading the images of step {step + 1}", SLOW_READER_SECONDS
+            )
             host, info = next(batches)
-            if (waited := time.monotonic() - begun) > SLOW_READER_SECONDS:
-                logging.warning(
-                    "step %d: process %d waited %.0f s for its images: slow reader",
-                    step + 1, jax.process_index(), waited,
-                )  # fmt: skip
+            # The first one compiles.
+            self.watch.tell(f"step {step + 1}" if step > self.first else "")
             numbers = host_signals.encode(info, self.stop.requested)
             batch, numbers = sharding.place((host, numbers), self.mesh)
             self.state, metrics = self.step_fn(self.state, batch, numbers)
@@ -226,13 +228,18 @@ class Run:
         begun, values = time.monotonic(), {}
         if due and not stopped:
             params = optim.fill_ema(self.state.ema, self.state.params)
-            values = self.evaluator.run(params, self.stop.agreed)
+            values = self.evaluator.run(params, functools.partial(self._asked, step))
         self.owed = due and not values
         if values:
             self.progress.evaluated(step, values, time.monotonic() - begun)
         return values
 
+    def _asked(self, step: int) -> bool:
+        self.watch.tell(f"judging after step {step}")
+        return self.stop.agreed()
+
     def _save(self, step: int, judged: Mapping[str, float]) -> None:
+        self.watch.tell(f"saving step {step}")
         self.check_lock()
         metadata = {
             "position": self.place.position,
@@ -244,16 +251,6 @@ class Run:
             "owed": self.owed,
         }
         self.saves.save(step, self.state, metadata, judged)
-
-    def _trace(self, window: tuple[int, int] | None, step: int) -> None:
-        """Starts a profiler trace in the window of steps, and stops it after it."""
-        inside = window is not None and window[0] <= step < window[1]
-        if inside and not self.tracing:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        if self.tracing and not inside:
-            jax.profiler.stop_trace()
-            logging.info("profiler trace: %s", self.workdir / "profile")
-        self.tracing = inside
 
     def _progress(self, program: compile.Program, meta: Mapping[str, Any]) -> Progress:
         plan = self.stream.plan
@@ -274,7 +271,7 @@ class Run:
 
 def define_main() -> Callable[[], int]:
     """Defines the flags, and returns what reads them and trains."""
-    config = command_line.define_config()
+    config, start = command_line.define_config(), processes.define_flags()
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
     take_over = flags.DEFINE_bool("take_over", False, "Take the folder from a dead run")
     allow = flags.DEFINE_bool(
@@ -283,6 +280,7 @@ def define_main() -> Callable[[], int]:
     window = flags.DEFINE_list("profile", None, "First and last step of a trace: 10,15")
 
     def main() -> int:
+        start(workdir.value)
         return train(
             config_lib.resolve(config.value),
             workdir.value,

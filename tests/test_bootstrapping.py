@@ -1,7 +1,10 @@
 """Bootstrapping: a student learns its teacher's vectors, and the teacher stays."""
 
 import dataclasses
+import functools
+import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,7 @@ from navit_jax.models.layers import Block
 from navit_jax.models.pair import REPRESENTATIONS, represent
 from navit_jax.models.resized import resize
 from navit_jax.predictor import Predictor
+from navit_jax.tasks.bootstrapping import longest_side
 
 TEACHER = {
     "name": "navit", "size": "Ti/16", "width": 32, "depth": 5, "num_heads": 2,
@@ -221,6 +225,64 @@ def test_vectors_that_a_batch_brings_stand_for_the_teacher(trained):
     assert set(fresh) == {"encoder", "teacher"}
 
 
+def test_the_teacher_begins_alone_as_it_begins_beside_its_student(trained):
+    _, first, *_ = trained
+    stream, task, mesh = build(config())
+    with jax.set_mesh(mesh):
+        program = compile.Program(config(), task, stream.example(), mesh)
+        found = program.first_params(teach.PARTS)
+    chex.assert_trees_all_equal(found, {"teacher": first.params["teacher"]})
+
+
+@pytest.mark.parametrize(
+    "side, length, message",
+    [(600, 64, "--side=600 reaches 600 px, 37 patches a side, but .*=32: 512 px"),
+     (48, 2, "--side=48 reaches 48 px, 3 patches a side, but .*=2: 32 px")],
+    ids=["student", "teacher"],
+)  # fmt: skip
+def test_a_side_that_one_of_the_two_can_not_read_is_refused_at_once(
+    tmp_path, monkeypatch, side, length, message
+):
+    monkeypatch.setattr(compile, "Program", lambda *_: 1 / 0)
+    positions = {**TEACHER["positions"], "length": length}
+    changed = config(
+        task__teacher={**TEACHER, "positions": positions},
+        data__resolution={"name": "fixed", "side": 32},
+    )
+    with pytest.raises(ConfigError, match=message):
+        teach.teach(changed, side, str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        teach.teach(changed, 32, str(tmp_path))
+    squares = {"size": "Ti/16", **changed["task"], "teacher_side": 32}
+    assert longest_side(squares, 32) == 32
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_the_teacher_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(experiment, "build_stream", lambda _: 1 / 0)
+    (tmp_path / "file").write_text("")
+    out = f"{tmp_path}/file/vectors"
+    with pytest.raises(ConfigError, match=f"--out={out} can not be written"):
+        teach.teach(config(), 48, out)
+
+
+def test_a_run_says_at_which_side_the_vectors_that_it_reads_were_made(tmp_path, caplog):
+    caplog.set_level("INFO", "absl")
+    opened = sources.clipart("validation")
+    vectors = np.zeros((len(opened), 4), np.float32)
+    teacher_outputs.write(tmp_path, "art", opened, vectors, {}, 224)
+    read = functools.partial(teacher_outputs.open_outputs, str(tmp_path), ["art"])
+    assert read([opened])
+    assert caplog.messages[-1] == f"vectors of art in {tmp_path}: at side 224"
+    # As it was written once.
+    stamp = json.loads((tmp_path / "art.json").read_text())
+    del stamp["side"]
+    (tmp_path / "art.json").write_text(json.dumps(stamp))
+    assert read([opened])
+    assert caplog.messages[-1] == f"vectors of art in {tmp_path}: at an unknown side"
+
+
 def test_a_pass_over_the_data_keeps_what_the_teacher_says(tmp_path):
     """Against the teacher on batches of training, of equal images at equal sides."""
     section = {"name": "clipart", "split": "validation"}
@@ -264,7 +326,7 @@ def test_vectors_of_other_data_another_teacher_or_of_crops_are_refused(tmp_path)
     bare = {**changed, "data": {}}
     about = experiment.about_teacher(bare, experiment.build_task(bare, 8))
     vectors = np.zeros((len(opened), 32), np.float32)
-    teacher_outputs.write(tmp_path, "art", opened, vectors, about)
+    teacher_outputs.write(tmp_path, "art", opened, vectors, about, 48)
     assert experiment.build_stream(changed).loader.teacher.width == 32
     assert experiment.build_task(changed, 8)
     with pytest.raises(ConfigError, match="another teacher"):
@@ -281,7 +343,7 @@ def test_vectors_of_other_data_another_teacher_or_of_crops_are_refused(tmp_path)
     with pytest.raises(ConfigError, match=r"config\.data\.crop"):
         experiment.build_stream({**changed, "data": cropped})
     other = sources.clipart("test")
-    teacher_outputs.write(tmp_path, "art", other, vectors, about)
+    teacher_outputs.write(tmp_path, "art", other, vectors, about, 48)
     with pytest.raises(ConfigError, match="other data"):
         experiment.build_stream(changed)
 

@@ -108,6 +108,13 @@ def test_a_config_that_raises_says_what_without_a_traceback(monkeypatch):
     assert "\n" not in str(e.value)
 
 
+def test_a_config_that_takes_no_argument_says_so(monkeypatch):
+    found = r"smoke\.py takes no argument; given 'foo'"
+    with pytest.raises(ConfigError, match=found) as e:
+        parse(monkeypatch, config="configs/smoke.py:foo")
+    assert "get_config" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     "texts", [["1"], ["1", "2", "3"], ["5", "5"], ["-1", "4"], ["a", "4"], ["1", "2.5"]]
 )

@@ -39,3 +39,14 @@ def test_the_running_mean_has_no_copy_of_what_is_frozen():
     still = {name for name in params if name.startswith("encoder/blocks/mlp/")}
     assert still
     assert means == {n: leaf for n, leaf in params.items() if n not in still}
+
+
+def test_the_first_call_of_the_step_says_that_it_compiles_and_how_long(caplog):
+    caplog.set_level("INFO", "absl")
+    step = compile.tell(lambda x: x + len(caplog.messages))
+    # It is said before: so far there is one line.
+    assert (step(1), caplog.messages) == (
+        2, ["compiling the training step", "compiled in 0 s"]
+    )  # fmt: skip
+    assert step(1) == 3
+    assert len(caplog.messages) == 2

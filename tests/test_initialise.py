@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from navit_jax import initialise, paths, sharding
+from navit_jax import experiment, initialise, paths, sharding, train
 from navit_jax.errors import ConfigError
 
 
@@ -152,3 +153,45 @@ def test_the_table_has_a_line_for_each_parameter_and_the_counts():
     assert lines[1].split()[:2] == ["copied", "encoder/positions/tables"]
     assert lines[-1] == "1 copied, 1 initialised, 1 loaded, 1 unused"
     assert len(paths.flatten(make(0))) == 3
+
+
+def test_what_is_only_described_stays_so_is_not_told_and_its_source_is_used():
+    fresh, source = make(0), make(10)
+    described = jax.eval_shape(lambda tree: tree, fresh["encoder"])
+    params, origins = initialise.load_params({**fresh, "encoder": described}, source)
+    assert params["encoder"] == described
+    np.testing.assert_array_equal(params["head"]["kernel"], source["head"]["kernel"])
+    assert kinds(origins) == {"head/kernel": "loaded"}
+    more = {**source["encoder"], "more": normal(1, 2)}
+    with pytest.raises(ConfigError, match="encoder/more"):
+        initialise.load_params({**fresh, "encoder": described}, {"encoder": more})
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({}, "give workdir or weights"),
+        ({"weights": "a.npz", "workdir": "b"}, "give workdir or weights"),
+        ({"weights": "vit_s15"}, r"init\.weights: vit_s15: .*known: vit_s14"),
+        ({"weights": "none/a.npz"}, r"init\.weights: there is no none/a\.npz"),
+        ({"workdir": "none"}, r"init\.workdir='none' has no checkpoint"),
+    ],
+    ids=["neither", "both", "name", "path", "run"],
+)
+def test_a_run_whose_source_is_not_there_ends_before_it_opens_anything(
+    tmp_path, monkeypatch, section, message
+):
+    monkeypatch.setattr(experiment, "build_stream", lambda _: 1 / 0)
+    section = {"rules": [["(.*)", r"\1"]], **section}
+    config = tiny.config(model__init=section)
+    with pytest.raises(ConfigError, match=message):
+        train.train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    # One that has saved, or goes on from another, reads it no more.
+    config["checkpoint"]["resume"] = "another"
+    with pytest.raises(ZeroDivisionError):
+        train.train(config, tmp_path / "second")
+    config["checkpoint"]["resume"] = ""
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError):
+        train.train(config, tmp_path)

@@ -1,5 +1,6 @@
 import re
 
+import commands
 import numpy as np
 import pytest
 import tiny
@@ -30,3 +31,14 @@ def test_the_packing_report_says_what_scheduled_dropping_reaches(
     share = 1 / (1 + np.exp(-(seen / total - 0.5) / 0.1))
     (last,) = re.findall(r"first to last +[\d.]+ to ([\d.]+)", text)
     assert float(last) == pytest.approx(start + (end - start) * share, abs=0.02)
+
+
+def test_a_picture_that_can_not_be_written_is_refused_before_anything_is_planned(
+    tmp_path,
+):
+    (tmp_path / "file").write_text("")
+    picture = f"--picture={tmp_path}/file/rows.png"
+    config = "--config=configs/smoke.py"
+    done = commands.run("navit_jax.plan", config, "--packing", picture)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{picture} can not be written" in done.stderr

@@ -107,6 +107,9 @@ def test_a_folder_with_something_else_is_refused(source, tmp_path):
     with pytest.raises(ConfigError, match="is not empty: give a new folder"):
         prepare.prepare(source, tmp_path / "full", 64, 16)
     assert files(tmp_path / "full") == {"file": b"mine"}
+    below = tmp_path / "full" / "file" / "out"
+    with pytest.raises(ConfigError, match=f"--output={below} can not be written"):
+        prepare.prepare(source, below, 64, 16)
 
 
 def test_a_file_of_bad_pictures_alone_is_left_out_and_a_set_of_them_refused(

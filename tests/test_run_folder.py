@@ -1,16 +1,17 @@
 from unittest import mock
 
 import pytest
+import tiny
 from etils import epath
 
-from navit_jax import run_folder
+from navit_jax import run_folder, train
 from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.errors import ConfigError
 
 
 def test_classes_are_kept_and_others_under_the_same_numbers_are_refused(tmp_path):
     workdir = epath.Path(tmp_path)
-    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "metrics.jsonl").write_text("{}\n")
     run_folder.store_class_names(workdir, ("ant", "bee", "cat"))
     run_folder.store_class_names(workdir, ("ant", "bee", "cat"))
     with pytest.raises(ConfigError, match="3 then, 3 now; 'ant' -> 'bee', 'bee' -> "):
@@ -42,7 +43,7 @@ def test_what_a_run_is_rebuilt_from_is_never_cut(tmp_path, full_at):
 def test_a_vocabulary_may_move_and_its_length_may_not(tmp_path):
     workdir = epath.Path(tmp_path)
     config = {"data": {"text": {"vocabulary": "/old/mine.model", "length": 24}}}
-    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "metrics.jsonl").write_text("{}\n")
     run_folder.store_config(workdir, config, False)
     assert run_folder.use_own_vocabulary(workdir, config) == config
     (workdir / "vocabulary").write_bytes(b"its bytes")
@@ -58,7 +59,7 @@ def test_a_vocabulary_may_move_and_its_length_may_not(tmp_path):
 
 def test_a_config_is_refused_for_what_may_not_change_alone(tmp_path, caplog):
     workdir = epath.Path(tmp_path)
-    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "metrics.jsonl").write_text("{}\n")
     config = {"seed": 1, "evals": {"v": {"sides": [64]}}, "data": {"rows": 8}}
     run_folder.store_config(workdir, config, False)
     changed = {"seed": 2, "evals": {"v": {"sides": [32]}}, "data": {"rows": 8}}
@@ -85,7 +86,7 @@ def test_a_file_that_was_cut_is_named_with_the_remedy(tmp_path, cut):
     workdir = epath.Path(tmp_path)
     for name in ("config.json", "classes.json"):
         (workdir / name).write_bytes(cut)
-    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "metrics.jsonl").write_text("{}\n")
     for read, name in (
         (lambda: run_folder.read_config(workdir), "config"),
         (lambda: run_folder.store_config(workdir, {"seed": 1}, False), "config"),
@@ -96,7 +97,7 @@ def test_a_file_that_was_cut_is_named_with_the_remedy(tmp_path, cut):
             read()
 
 
-@pytest.mark.parametrize("begun", ["metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("begun", ["metrics.jsonl", "checkpoints/3/state"])
 def test_a_run_that_never_began_leaves_the_folder_to_another(tmp_path, begun):
     workdir = epath.Path(tmp_path)
     words = [
@@ -110,7 +111,13 @@ def test_a_run_that_never_began_leaves_the_folder_to_another(tmp_path, begun):
     assert run_folder.read_config(workdir) == {"seed": 2}
     assert run_folder.read_class_names(workdir) == ["bee"]
     assert (workdir / "vocabulary").read_bytes() == b"two"
-    (workdir / begun).mkdir()
+    # What a start that failed in compiling leaves, and one that was killed in saving.
+    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    for seed in (1, 2):
+        run_folder.store_config(workdir, {"seed": seed}, False)
+    (workdir / begun).parent.mkdir(parents=True, exist_ok=True)
+    (workdir / begun).write_text("{}\n")
     with pytest.raises(ConfigError, match="seed: 2 -> 3"):
         run_folder.store_config(workdir, {"seed": 3}, False)
     with pytest.raises(ConfigError, match="1 then, 1 now"):
@@ -133,3 +140,10 @@ def test_a_folder_that_another_host_tries_at_the_same_time_can_be_written(
     monkeypatch.setattr(type(workdir), "write_text", write_and_lose)
     run_folder.check_writable(workdir, "--workdir")
     assert not list(workdir.iterdir())
+
+
+def test_a_start_that_failed_does_not_bind_the_folder_to_its_config(tmp_path):
+    with pytest.raises(Exception, match="float33"):
+        train.train(tiny.config(model__dtype="float33"), tmp_path)
+    assert (tmp_path / "checkpoints").is_dir()
+    run_folder.store_config(epath.Path(tmp_path), tiny.config(), False)

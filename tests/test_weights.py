@@ -230,6 +230,14 @@ def test_a_run_starts_from_a_file(tmp_path):
         from_run(fresh)
 
 
+def test_a_folder_that_can_not_be_written_is_refused_before_a_file_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "converted"
+    done = commands.run("navit_jax.weights.__main__", "convert", "none.npz", folder)
+    assert done.returncode == 1
+    assert f"the folder {folder} can not be written" in done.stderr
+
+
 def test_load_opens_a_file_and_keeps_its_head(tmp_path):
     more = {"head/kernel": np.eye(D, 5), "head/bias": np.arange(5.0)}
     model = navit_jax.load(save(tmp_path, **more))

@@ -143,10 +143,15 @@ def _claim(output: pathlib.Path, made: dict[str, Any]) -> None:
     """Says in the folder what is made there, or checks that it is the same."""
     path = output / "prepare.json"
     if not path.exists():
-        if output.exists() and any(output.iterdir()):
-            raise ConfigError(f"--output={output} is not empty: give a new folder")
-        output.mkdir(parents=True, exist_ok=True)
-        _write_json(path, made)
+        try:
+            if output.exists() and any(output.iterdir()):
+                raise ConfigError(f"--output={output} is not empty: give a new folder")
+            output.mkdir(parents=True, exist_ok=True)
+            _write_json(path, made)
+        except OSError as error:
+            raise ConfigError(
+                f"--output={output} can not be written: {error}"
+            ) from error
     if (found := json.loads(path.read_text())) != made:
         raise ConfigError(
             f"--output={output} is begun, or done, as {found}, not as {made}: "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float32
 
 from navit_jax.data.records import StoredSource
@@ -46,17 +47,19 @@ def write(
     source: StoredSource,
     vectors: Float32[np.ndarray, "M E"],
     about: Mapping[str, Any],
+    side: int | float | str,
 ) -> None:
     """Writes the vectors of one source.
 
     Args:
       name: Of the source in the config.
       about: What the teacher was: anything that JSON has.
+      side: At which it saw the images, in pixels or "native"; a run may have another.
     """
     path = pathlib.Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     np.save(path / f"{name}.npy", vectors, allow_pickle=False)
-    stamp = {"fingerprint": source.fingerprint(), "about": about}
+    stamp = {"fingerprint": source.fingerprint(), "about": about, "side": side}
     # Last, so that what was broken off is not there.
     (path / f"{name}.json").write_text(json.dumps(stamp, indent=1) + "\n")
 
@@ -104,12 +107,15 @@ def open_outputs(
         )
     path, width = pathlib.Path(folder).expanduser(), 0
     for name, source in zip(names, sources, strict=True):
-        if _stamp(folder, name)["fingerprint"] != source.fingerprint():
+        stamp = _stamp(folder, name)
+        if stamp["fingerprint"] != source.fingerprint():
             raise ConfigError(
                 f"config.data.teacher={folder!r}: the vectors of source {name!r} are "
                 f"of other data, or of images without texts: {_remedy(folder)} anew"
             )
         width = _map(str(path / f"{name}.npy")).shape[1]
+        side = f"side {stamp['side']}" if "side" in stamp else "an unknown side"
+        logging.info("vectors of %s in %s: at %s", name, folder, side)
     return TeacherOutputs(tuple(str(path / f"{name}.npy") for name in names), width)
 
 

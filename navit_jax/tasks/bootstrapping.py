@@ -263,3 +263,16 @@ class Bootstrapping:
 
     def _apply(self, params: Params, batch: PackedBatch, *args: Any, **how: Any) -> Any:
         return self.model.apply({"params": params}, batch, *args, **how)
+
+
+def longest_side(task: Mapping[str, Any], own: int | None) -> int | None:
+    """The most patches a side that a task's models read; None: any.
+
+    Args:
+      task: The section; a teacher in it reads the grids of the student, or squares.
+      own: Of the encoder.
+    """
+    if not (teacher := task.get("teacher")) or task.get("teacher_side"):
+        return own
+    sides = own, config.build(teacher, MODELS, "task.teacher").max_side
+    return min((side for side in sides if side is not None), default=None)

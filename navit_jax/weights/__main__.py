@@ -12,6 +12,9 @@ import pprint
 import sys
 from typing import Any
 
+from etils import epath
+
+from navit_jax import run_folder
 from navit_jax.errors import ConfigError
 from navit_jax.initialise import format_table
 from navit_jax.weights import texts
@@ -66,6 +69,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         replace = dict(map(parse, options.set))
+        if options.command == "convert":
+            folder = epath.Path(options.folder)
+            run_folder.check_writable(folder, f"the folder {folder}")
         weights = read(
             find(options.file), options.grid, options.allow_unused, **replace
         )

@@ -1,0 +1,94 @@
+"""Who of a run is there, and what each process does: small files that all can read.
+
+`processes/INDEX.json` in the run's folder is rewritten every few seconds by process
+INDEX alone. Who is there rewrites; so no clock is compared, and what an earlier run
+left counts for nothing.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+BEAT_SECONDS = 2.0
+
+
+class RollCall:
+    """Tells the others, until the process ends, that this one is there."""
+
+    def __init__(self, folder: epath.PathLike, index: int):
+        """Begins to tell.
+
+        Args:
+          folder: The run's, which all processes see.
+          index: Of this process.
+        """
+        self.folder, self.index = epath.Path(folder) / "processes", index
+        self._doing, self._since, self._beats = "starting", time.monotonic(), 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        threading.Thread(target=self._keep, daemon=True, name="roll_call").start()
+
+    def tell(self, doing: str) -> None:
+        """Sets what this process does from now on."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def read(self, count: int) -> dict[int, dict[str, Any]]:
+        """What those of `count` processes say of themselves that are there."""
+        before = self._read_all(count)
+        time.sleep(3 * BEAT_SECONDS)
+        after = self._read_all(count)
+        return {
+            i: said
+            for i, said in after.items()
+            if said != before.get(i) or i == self.index
+        }
+
+    def _keep(self) -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            try:
+                self._write()
+            except OSError as error:
+                logging.warning("%s can not be written: %s", self.folder, error)
+
+    def _write(self) -> None:
+        self._beats += 1
+        said = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "beats": self._beats,
+            "doing": self._doing,
+            "seconds": round(time.monotonic() - self._since, 1),
+        }
+        (self.folder / f"{self.index}.json").write_text(json.dumps(said))
+
+    def _read_all(self, count: int) -> dict[int, dict[str, Any]]:
+        found = {}
+        for index in range(count):
+            try:
+                text = (self.folder / f"{index}.json").read_text()
+                found[index] = json.loads(text)
+            except (OSError, ValueError):  # absent, or just being written
+                continue
+        return found
+
+
+def describe(there: Mapping[int, Mapping[str, Any]], count: int) -> str:
+    """Who is there, doing what, and who of `count` processes is not."""
+    absent = [str(i) for i in range(count) if i not in there]
+    parts = [
+        f"process {i} ({said['host']}, pid {said['pid']}): {said['doing']} "
+        f"for {said['seconds']:.0f} s"
+        for i, said in sorted(there.items())
+    ]
+    missing = (
+        f"not there: {', '.join(absent)} of {count}" if absent else "all are there"
+    )
+    return "; ".join([missing, *parts])
