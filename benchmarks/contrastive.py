@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import collectives
+
 import contrastive_forms as forms
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from absl import app, flags
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from navit_jax import hlo
 from navit_jax.losses import contrastive
 
 TINY = flags.DEFINE_bool("tiny", False, "Small batches, one repeat")
@@ -105,7 +106,7 @@ class Form:
 
     def sent(self, chunks: int = 1) -> int:
         """Bytes a device sends, where so many chunks of a device are filled."""
-        found = collectives.read(self.program.as_text(), chunks)
+        found = hlo.read(self.program.as_text(), chunks)
         return sum(c.size * c.times for c in found)
 
 

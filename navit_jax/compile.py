@@ -54,7 +54,8 @@ class Program:
         self._config, self._task, self._mesh = config, task, mesh
         self._options = experiment.train_options(config)
         self._example = example
-        key = jax.random.key(config["seed"])
+        # Nothing is computed: devices that are only described could not.
+        key = jax.eval_shape(jax.random.key, config["seed"])
         params = jax.eval_shape(task.init, key, example)
         section = {**config["optim"], "freeze": freeze(config, task)}
         self._tx, self.schedule = optim.build(section, config["steps"], params)

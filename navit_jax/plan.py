@@ -3,9 +3,13 @@
 Prints padding, images a row, slot use and attention work of the packing plan, without
 reading a pixel, and draws a picture of packed rows. With captions, it recommends how
 much room for text a row should have (data.text.tokens).
+
+`--topology=v5e:16x16` compiles the training step for TPUs that are not here, and says
+what it takes there: memory, what is sent, an estimate of time (`navit_jax/pods.py`).
 """
 
 import bisect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +17,12 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from navit_jax import command_line, experiment, pictures
+from navit_jax import command_line, experiment, pictures, pods
 from navit_jax import config as config_lib
 from navit_jax.data import Stream
 from navit_jax.data.plan import Plan
 from navit_jax.errors import ConfigError
+from navit_jax.topology import Topology, open_topology
 
 # Windows planned along a run whose token dropping is scheduled: a step of the rate is
 # then placed to 1/64 of the run.
@@ -109,11 +114,34 @@ def draw_images(stream: Stream, num_rows: int = 3) -> Any:
     return pictures.draw_batch(batch, stream.plan.patch, num_rows)
 
 
-def _check_writable(path: epath.Path) -> None:
+def plan_on(
+    config: Mapping[str, Any], stream: Stream, on: Topology, classes: int = 0
+) -> dict[str, Any]:
+    """What a step takes on a topology, as of `pods.account`.
+
+    Args:
+      classes: Of the sources; 0 is what they say.
+
+    Raises:
+      ConfigError: it does not fit; the message says what would help, and by how much.
+    """
+    classes = classes or stream.num_classes
+    try:
+        return pods.account(config, stream, on, classes)
+    except pods.OutOfMemory as error:
+        knobs = pods.find_room(config, stream, on, classes)
+        lines = [f"  {name}: {found}" for name, found in knobs]
+        raise ConfigError(
+            f"{on.text}: {error}, and has {on.chip.memory / 2**30:.0f} at most. What "
+            "would help:\n" + "\n".join(lines)
+        ) from error
+
+
+def _check_writable(flag: str, path: epath.Path) -> None:
     try:
         path.open("ab").close()
     except OSError as error:
-        raise ConfigError(f"--picture={path} can not be written: {error}") from error
+        raise ConfigError(f"{flag}={path} can not be written: {error}") from error
 
 
 def define_main() -> Callable[[], int]:
@@ -123,21 +151,38 @@ def define_main() -> Callable[[], int]:
     windows = flags.DEFINE_integer("windows", 1, "Windows that are planned for it")
     picture = flags.DEFINE_string("picture", None, "Where its picture goes, a .png")
     images = flags.DEFINE_bool("images", False, "Draw the images too, not only bars")
+    on = flags.DEFINE_string("topology", "", "Compile for it, as v5e:16x16")
+    output = flags.DEFINE_string("output", None, "Where what is found goes, a .json")
+    stand_in = flags.DEFINE_bool(
+        "stand_in", False, "The embedded drawings for sets that are not here"
+    )
+    classes = flags.DEFINE_integer("classes", 0, "Of the sources, for --stand_in")
 
     def main() -> int:
-        if not packing.value:
-            raise ConfigError("say what to plan: --packing")
+        if not packing.value and not on.value:
+            raise ConfigError("say what to plan: --packing or --topology=v5e:16x16")
         resolved = config_lib.resolve(config.value)
         experiment.check_sections(resolved)
-        path = epath.Path(picture.value) if picture.value else None
-        if path:
-            _check_writable(path)
+        files = {"--picture": picture.value, "--output": output.value}
+        for flag, path in files.items():
+            if path:
+                _check_writable(flag, epath.Path(path))
+        topology = open_topology(on.value) if on.value else None
+        resolved = pods.stand_in(resolved) if stand_in.value else resolved
         stream = experiment.build_stream(resolved)
-        print(packing_report(stream, resolved["steps"], windows.value))
+        if packing.value:
+            print(packing_report(stream, resolved["steps"], windows.value))
         draw = draw_images if images.value else draw_rows
-        if path:
-            path.write_bytes(pictures.encode(draw(stream), "png"))
-            print(f"picture: {path}")
+        if picture.value:
+            drawn = pictures.encode(draw(stream), "png")
+            epath.Path(picture.value).write_bytes(drawn)
+            print(f"picture: {picture.value}")
+        if topology:
+            found = plan_on(resolved, stream, topology, classes.value)
+            print(pods.format_account(found))
+            if output.value:
+                text = json.dumps(found, indent=1) + "\n"
+                epath.Path(output.value).write_text(text)
         return 0
 
     return main

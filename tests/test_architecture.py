@@ -15,19 +15,19 @@ LAYERS = (
     {"batch", "metrics", "errors", "config"},
     {
         "calibration", "charts", "checkpoint", "checksums", "command_line", "culprits",
-        "data", "foreground", "host_signals", "inheritance", "initialise", "isolation",
-        "joining", "linear_probe", "look_pictures", "losses", "models", "optim", "page",
-        "paths", "peak_flops", "pictures", "processes", "progress", "records",
-        "reporting", "results", "retention", "retrieval", "roll_call", "run_folder",
-        "run_lock", "saved_steps", "schedules", "sharding", "signals", "tracing",
-        "train_options", "watch", "weights", "zero_shot",
+        "data", "foreground", "hlo", "host_signals", "inheritance", "initialise",
+        "isolation", "joining", "linear_probe", "look_pictures", "losses", "models",
+        "optim", "page", "paths", "peak_flops", "pictures", "processes", "progress",
+        "records", "reporting", "results", "retention", "retrieval", "roll_call",
+        "run_folder", "run_lock", "saved_steps", "schedules", "sharding", "signals",
+        "topology", "tracing", "train_options", "watch", "weights", "zero_shot",
     },
     {"tasks"},
     {"agreement", "train_state", "experiment", "compile", "dial", "judges", "judging",
      "mean_iou", "text_embedder", "train_flops"},
     {"baselines", "evaluate", "evaluator", "few_shot", "predictor", "pretrained"},
-    {"commands", "train", "predict", "plan", "doctor", "gallery", "report", "samples",
-     "seeing", "teach"},
+    {"commands", "train", "predict", "plan", "pods", "doctor", "gallery", "report",
+     "samples", "seeing", "teach"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

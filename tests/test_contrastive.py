@@ -20,6 +20,7 @@ from packed import N, P, image, pack
 from navit_jax import (
     compile,
     experiment,
+    hlo,
     isolation,
     models,
     paths,
@@ -31,9 +32,6 @@ from navit_jax.errors import ConfigError
 from navit_jax.losses import contrastive as losses
 from navit_jax.tasks import TASKS, Coupled, Task
 from navit_jax.tasks.contrastive import Contrastive
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-import collectives
 
 TESTS = str(pathlib.Path(__file__).parent)
 SHAPE = {"width": 16, "depth": 2, "num_heads": 2, "mlp": 24}
@@ -467,7 +465,7 @@ def compiled(rows, width, accumulate=1, devices=None):
 
 def assert_nobody_has_all(program, rows, width, most):
     """No operation brings a device as much as the embeddings of one modality."""
-    found = collectives.read(program.as_text())
+    found = hlo.read(program.as_text())
     kinds = {one.kind for one in found}
     # The ring, and parameters that are gathered.
     assert {"collective-permute", "all-gather"} <= kinds

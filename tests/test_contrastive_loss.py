@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from navit_jax import hlo
 from navit_jax.losses import contrastive
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-import collectives
+
 import contrastive_forms
 
 WIDTH, SLOTS, CHUNK = 16, 48, 5  # slots of all devices
@@ -290,13 +291,13 @@ def ring_of(kind, chunk, **dtypes):
 def test_no_device_ever_holds_the_embeddings_of_all(kind):
     slots, width, chunk = 64, 32, 16
     program = compiled(ring_of(kind, chunk), slots, width, 1 + (kind == "sigmoid"))
-    found = collectives.read(program.as_text())
+    found = hlo.read(program.as_text())
     assert {c.kind for c in found} == {"collective-permute", "all-reduce"}
     for one in found:
         piece = chunk * width if one.kind == "collective-permute" else 8
         assert one.size <= 4 * piece, one
     dense = functools.partial(contrastive_forms.dense, axis_name="x")
-    found = collectives.read(compiled(dense, slots, width).as_text())
+    found = hlo.read(compiled(dense, slots, width).as_text())
     assert ("all-gather", 4 * 8 * slots * width, 1) in found
 
 
@@ -304,8 +305,7 @@ def test_no_device_ever_holds_the_embeddings_of_all(kind):
 def test_only_as_many_chunks_travel_as_the_data_fill(kind):
     text = compiled(ring_of(kind, 16), 64, 32, 1 + (kind == "sigmoid")).as_text()
     one, four = (
-        sum(c.size * c.times for c in collectives.read(text, chunks))
-        for chunks in (1, 4)
+        sum(c.size * c.times for c in hlo.read(text, chunks)) for chunks in (1, 4)
     )
     # All but the few numbers that all devices sum.
     assert one >= 7 * 16 * 32 * 4
@@ -344,6 +344,6 @@ def test_memory_grows_with_the_pairs_not_with_their_square(kind):
 def test_fewer_bytes_are_sent_than_by_gathering_both_modalities(kind, dtype, most):
     slots, width, numbers = 64, 512, 1 + (kind == "sigmoid")
     program = compiled(ring_of(kind, slots, dtype=dtype), slots, width, numbers)
-    sent = sum(c.size * c.times for c in collectives.read(program.as_text()))
+    sent = sum(c.size * c.times for c in hlo.read(program.as_text()))
     # Two gathered, and their gradients scattered back, from 7 others, in float32.
     assert sent <= most * 2 * 2 * 7 * slots * width * 4

@@ -135,9 +135,8 @@ def train(name, readout="points", steps=120):
     return task, before, run(before)
 
 
-@pytest.mark.parametrize(
-    "name, readout", [("navit", "points"), ("v1", "points"), ("v2", "boxes")]
-)
+# That points are is shown on scenes never seen, in test_segmentation_composites.py.
+@pytest.mark.parametrize("name, readout", [("navit", "points"), ("v2", "boxes")])
 def test_masks_of_few_scenes_are_learned(name, readout):
     task, before, after = train(name, readout)
     first, last = judge(task, before, BATCH), judge(task, after, BATCH)

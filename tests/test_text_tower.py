@@ -1,6 +1,4 @@
 import functools
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +8,9 @@ import pytest
 from captioned import LENGTH, VOCABULARY, caption, pack_texts
 from jax.sharding import NamedSharding, PartitionSpec
 
-from navit_jax import sharding
+from navit_jax import hlo, sharding
 from navit_jax.errors import ConfigError
 from navit_jax.models.text import TextTower, look_up
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-import collectives
 
 HEADS, WIDTH, N = 2, 16, 4
 # One of a token, a slot without a text, a full row, an empty one; equal texts.
@@ -225,6 +220,6 @@ def test_of_the_tokens_of_other_devices_only_the_gradient_of_the_table_is_sent(s
     with jax.set_mesh(mesh):
         run = jax.jit(gradient, out_shardings=table.sharding)
         program = run.lower(table, tokens, pull).compile()
-    found = collectives.read(program.as_text())
+    found = hlo.read(program.as_text())
     assert {one.kind for one in found} <= {"all-reduce", "reduce-scatter"}
     assert max(one.size for one in found) <= 4 * size * WIDTH
