@@ -29,7 +29,6 @@ CONFIGS = (
     ("navit_classification", "", 1000, {}),
     ("navit_classification", "variant=L/16", 1000, {}),
     ("navit_contrastive", "", 0, {}),
-    ("navit_from_vit", "", 1000, {}),
     ("sparseformer_imagenet", "", 1000, {}),
     ("sparseformer_bootstrap", "", 1000, {}),
     ("segmentation_ade20k", "", 150, {}),

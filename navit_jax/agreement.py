@@ -17,8 +17,8 @@ from navit_jax import retrieval
 from navit_jax.batch import PackedBatch
 from navit_jax.data.records import Source
 from navit_jax.errors import ConfigError
-from navit_jax.judging import Asked, Texts, Training, interval
-from navit_jax.metrics import Mean
+from navit_jax.judging import Asked, Texts, Training
+from navit_jax.metrics import interval_by_group
 from navit_jax.tasks import Task
 
 Vectors = Float[np.ndarray, "M D"]
@@ -69,7 +69,11 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """The means of `compare` over a set, with their intervals."""
+    """The means of `compare` over a set, with their intervals.
+
+    Where the source knows of no near-duplicates, as of composed scenes, each picture is
+    a group of its own.
+    """
 
     def read(self, source: Source, training: Training) -> Asked:
         """Nothing."""
@@ -88,9 +92,11 @@ class Agreement:
         """The means over the images that can be used."""
         here = index >= 0
         terms = compare(found["student"][here], found["teacher"][here])
+        groups = getattr(source, "groups", None)
+        own = index[here] if groups is None else groups[index[here]]
         values = {}
         for name, term in terms.items():
-            values[name] = float(term.mean())
-            mean = Mean(total=term, weight=np.ones(len(term)))
-            values |= interval(name, mean, index[here], source)
+            low, high = interval_by_group(term, np.ones(len(term)), own)
+            mean = float(term.mean())
+            values |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         return values

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from navit_jax import checksums, paths, records, saved_steps
+from navit_jax import checksums, paths, records, saved_steps, storage
 from navit_jax.errors import CheckpointError, ConfigError
 from navit_jax.retention import Retention
 from navit_jax.saved_steps import Restored
@@ -60,7 +60,7 @@ class Checkpoints:
                 f"{keep_period} 0 or more, best_mode={best_mode!r} 'max' or 'min'"
             )
         self._folder = epath.Path(folder)
-        self._resume = epath.Path(resume).absolute() / "checkpoints" if resume else None
+        self._resume = storage.locate(resume) / "checkpoints" if resume else None
         self._saving: int | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from navit_jax import (
     processes,
     run_folder,
     sharding,
+    storage,
 )
 from navit_jax.baselines import pixel_free, without_pictures
 from navit_jax.errors import ConfigError
@@ -71,7 +72,7 @@ def evaluate(
         not fit the run, or the output can not be written.
       DataError: a set has no picture that can be used.
     """
-    workdir = epath.Path(workdir).absolute()
+    workdir = storage.locate(workdir)
     config = run_folder.read_config(workdir)
     path = epath.Path(output) if output else workdir / "evaluation.json"
     # A device would be replaced; epath calls it a file.

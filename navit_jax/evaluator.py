@@ -110,7 +110,7 @@ class Evaluator:
         """`eval/<set>_<resolution>/<metric>` of every set; {} if it was told to stop.
 
         Where the source knows near-duplicate groups, and a metric is by image, its 95 %
-        interval is `<metric>_low` and `<metric>_high`.
+        interval is `<metric>_low` and `<metric>_high`; agreement has one of any source.
 
         Args:
           stop: Whether to leave, asked before each batch. All processes judge the same

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from navit_jax import checkpoint, paths, saved_steps
+from navit_jax import checkpoint, paths, saved_steps, storage
 from navit_jax.config import nearest
 from navit_jax.errors import ConfigError
 
@@ -183,7 +183,7 @@ def from_run(
             format_table(origins),
         )
         return filled
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = storage.locate(workdir) / "checkpoints"
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
     restored = checkpoint.restore_params(

@@ -1,4 +1,4 @@
-"""What a kind of evaluation is, and the interval of a mean that all of them give.
+"""What a kind of evaluation is, and the interval of a mean that most of them give.
 
 A judge is a frozen dataclass of pure functions; its attributes are keys of the set:
   read(source, training) -> what is asked of the set, once; its texts are embedded

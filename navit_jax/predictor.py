@@ -23,6 +23,7 @@ from navit_jax import (
     reporting,
     run_folder,
     sharding,
+    storage,
     text_embedder,
     zero_shot,
 )
@@ -284,9 +285,8 @@ def restore(workdir: epath.PathLike, step: int | str | None, mesh: Mesh) -> Pred
 
     Of several processes only what judges batches can use one over all their devices.
     """
-    workdir = epath.Path(workdir).absolute()
-    config = run_folder.read_config(workdir)
-    config = run_folder.use_own_vocabulary(workdir, config)
+    workdir = storage.locate(workdir)
+    config = run_folder.use_own_vocabulary(workdir, run_folder.read_config(workdir))
     class_names = run_folder.read_class_names(workdir)
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):

@@ -22,6 +22,8 @@ from navit_jax.weights.files import READERS
 
 # Pictures of the default size in a row.
 IMAGES = 4
+# In pixels, of what has no grid of its own, as SparseFormers.
+SIDE = 224
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +105,10 @@ def open_weights(name: str, **replace: Any) -> predictor.Predictor:
     """
     found = weights.read(fetch.find(name), **replace)
     encoder = config_lib.build(found.model, MODELS, "model")
-    table = found.params["encoder"]["position_embedding"]["table"]
-    side = patch_size(found.model["size"])
-    pixels = round((table.shape[0] * table.shape[1]) ** 0.5 * side)
+    side, positions = patch_size(found.model["size"]), found.model.get("positions", {})
+    pixels = min(SIDE, encoder.max_side * side)
+    if rows := positions.get("side"):
+        pixels = round((rows * positions.get("columns", rows)) ** 0.5 * side)
     if name in fetch.PACKAGES:
         pixels = fetch.PACKAGES[name].side
     config = {

@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from navit_jax import storage
 from navit_jax.batch import BatchInfo, PackedBatch
 from navit_jax.errors import CheckpointError
 
@@ -38,13 +39,7 @@ class MetricWriter:
         if not active:
             return
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        text = "".join(json.dumps(r) + "\n" for r in kept)
-        # Other than what is kept is also a cut last line, which would spoil the next.
-        if not self.path.exists() or self.path.read_text() != text:
-            # Written beside it first: a kill in this moment must not lose the history.
-            rest = workdir / "metrics.jsonl.tmp"
-            rest.write_text(text)
-            rest.replace(self.path)
+        self._log = storage.Log(self.path, [json.dumps(r) for r in kept])
         self._events = _open_events(workdir, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -53,8 +48,7 @@ class MetricWriter:
             return
         record = {"step": step} | {k: _json_number(v) for k, v in values.items()}
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._log.append(json.dumps(record))
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} can not be written: {error}. Make room or mend the "
@@ -92,11 +86,8 @@ def _write_event(events: Any, **fields: Any) -> None:
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`; a line cut short by a crash is left out."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
+    path, records = workdir / "metrics.jsonl", []
+    for line in storage.read_log(path):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -116,6 +107,9 @@ def was_evaluated(workdir: epath.Path, step: int) -> bool:
 
 
 def _open_events(workdir: epath.Path, first_step: int) -> Any:
+    if not storage.is_local(workdir):
+        logging.info("no TensorBoard events on %s, which can not append", workdir)
+        return None
     try:
         from tensorboardX.record_writer import RecordWriter
 

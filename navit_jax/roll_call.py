@@ -5,6 +5,7 @@ INDEX alone. Who is there rewrites; so no clock is compared, and what an earlier
 left counts for nothing.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -31,9 +32,21 @@ class RollCall:
         """
         self.folder, self.index = epath.Path(folder) / "processes", index
         self._doing, self._since, self._beats = "starting", time.monotonic(), 0
+        self._stop = threading.Event()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        threading.Thread(target=self._keep, daemon=True, name="roll_call").start()
+        self._thread = threading.Thread(
+            target=self._keep, daemon=True, name="roll_call"
+        )
+        self._thread.start()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Takes this process off."""
+        atexit.unregister(self.close)
+        self._stop.set()
+        self._thread.join()
+        (self.folder / f"{self.index}.json").unlink(missing_ok=True)
 
     def tell(self, doing: str) -> None:
         """Sets what this process does from now on."""
@@ -51,8 +64,7 @@ class RollCall:
         }
 
     def _keep(self) -> None:
-        while True:
-            time.sleep(BEAT_SECONDS)
+        while not self._stop.wait(BEAT_SECONDS):
             try:
                 self._write()
             except OSError as error:

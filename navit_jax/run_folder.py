@@ -19,6 +19,7 @@ from navit_jax import run_lock, saved_steps
 from navit_jax.data import codec
 from navit_jax.data.tokenizer import Tokenizer
 from navit_jax.errors import ConfigError
+from navit_jax.storage import store
 
 # Keys that change neither the batches nor what a step computes from them.
 HARMLESS = re.compile(
@@ -198,13 +199,6 @@ def read_json(path: epath.Path, remedy: str) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:  # of JSON and of UTF-8
         raise ConfigError(f"{path} is damaged: {error}; {remedy}") from error
-
-
-def store(path: epath.Path, contents: str | bytes) -> None:
-    """Writes in one move: others may be reading, and a kill must not cut it."""
-    new = path.with_name(f"{path.name}.tmp")
-    new.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-    new.replace(path)
 
 
 def _check_same(path: epath.Path, config: Mapping[str, Any], allow: bool) -> None:

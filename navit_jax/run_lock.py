@@ -17,6 +17,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from navit_jax import storage
 from navit_jax.errors import ConfigError
 
 HEARTBEAT_SECONDS = 30.0
@@ -102,13 +103,7 @@ class RunLock:
             "started": time.time(),
             "token": self._token,
         }
-        try:
-            # etils has no mode "x".
-            with open(self._path, "x") as file:
-                file.write(json.dumps(owner))
-        except FileExistsError:
-            return False
-        return True
+        return storage.create(self._path, json.dumps(owner))
 
     def clear(self, owner: dict[str, Any]) -> None:
         """Removes the lock if it is still that owner's."""

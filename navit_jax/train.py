@@ -29,6 +29,7 @@ from navit_jax import (
     run_folder,
     sharding,
     signals,
+    storage,
     tracing,
     train_flops,
     watch,
@@ -67,7 +68,7 @@ def train(
       ConfigError, DataError, NumericsError, CheckpointError: see errors.py.
     """
     experiment.check_sections(config)
-    workdir = epath.Path(workdir).absolute()
+    workdir = storage.locate(workdir)
     processes.check_same(config, workdir)
     initialise.check_begin(config, workdir)
     with (

@@ -22,6 +22,7 @@ from navit_jax import (
 )
 from navit_jax.data import sources
 from navit_jax.errors import ConfigError
+from navit_jax.metrics import interval_by_group
 
 RNG = np.random.default_rng(0)
 # As of a teacher: a large common part.
@@ -78,6 +79,52 @@ def test_a_run_is_judged_by_agreement_with_intervals_by_group():
     assert found["images"] == len(sources.clipart("validation"))
     for name in ("cosine", "centred_cosine", "r1"):
         assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+
+
+class Pictures:
+    """A source of which nothing but its near-duplicates is asked."""
+
+    name = "pictures"
+    class_names = ()
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        raise OSError
+
+
+def test_intervals_draw_near_duplicates_together_and_else_picture_by_picture():
+    """Slots are in no order, and two hold none that can be used."""
+    rng = np.random.default_rng(1)
+    index = rng.permutation(50)[:42]
+    index[[3, 20]] = -1
+    places = np.flatnonzero(index >= 0)
+    found = {"student": rng.random((42, 6)), "teacher": rng.random((42, 6))}
+    found["student"][places], found["teacher"][places] = STUDENT, TEACHER
+    own = Pictures()
+
+    def conclude():
+        return agreement.Agreement().conclude(asked, None, found, index, own)
+
+    asked = agreement.Agreement().read(own, lambda: None)
+    alone, terms = conclude(), agreement.compare(STUDENT, TEACHER)
+    own.groups = np.arange(50) // 5
+    grouped = conclude()
+    own.groups = np.zeros(50, int)
+    together = conclude()
+    for name, term in terms.items():
+        assert alone[name] == pytest.approx(term.mean())
+        half = 1.96 * term.std() / 40**0.5
+        ends = [alone[f"{name}_low"], alone[f"{name}_high"]]
+        # The normal approximation of 40 independent pictures; r1 is a step function.
+        expected = term.mean() - half, term.mean() + half
+        np.testing.assert_allclose(ends, expected, atol=0.3 * half, err_msg=name)
+        members = index[places] // 5
+        ends = interval_by_group(term, np.ones(40), members)
+        assert (grouped[f"{name}_low"], grouped[f"{name}_high"]) == ends
+        ends = [together[f"{name}_low"], together[f"{name}_high"]]
+        np.testing.assert_allclose(ends, term.mean())
 
 
 def test_a_task_without_teacher_is_refused():

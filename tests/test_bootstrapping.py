@@ -388,6 +388,46 @@ def test_a_teacher_of_another_patch_and_size_trains_a_student():
     assert train_flops.flops_counter(other, params)(counts) > count(counts)
 
 
+def test_the_teacher_is_asked_for_the_target_and_the_student_for_its_own(trained):
+    """The student has no class token, so that it can not be asked for it."""
+    *_, batch = trained
+    teacher = {**TEACHER, "depth": 1, "class_token": True, "pooling": "class"}
+    found, key = {}, jax.random.key(0)
+    for target in ("", "class"):
+        task = experiment.build_task(
+            config(
+                model__depth=1,
+                task__teacher=teacher,
+                task__inherit=[],
+                task__representation="mean",
+                task__target=target,
+            ),
+            8,
+        )
+        shapes = jax.eval_shape(task.init, key, batch)
+        assert jax.eval_shape(task.outputs, shapes, batch)["student"].shape[-1] == 32
+        found[target] = task
+    model = found[""].teacher_model
+    arrays = batch.patches, batch.coords, batch.segment_ids, batch.grids
+
+    @jax.jit
+    def say(batch):
+        params = {"teacher": model.init(key, *arrays)["params"]}
+        out = model.apply({"params": params["teacher"]}, *arrays)
+        vectors = [task.vectors_of_teacher(params, batch) for task in found.values()]
+        return out, dict(zip(found, vectors, strict=True))
+
+    out, vectors = jax.device_get(say(batch))
+    there, segment_ids = np.asarray(batch.image_mask), np.asarray(batch.segment_ids)
+    means = [
+        out["tokens"][b][segment_ids[b] == i + 1].mean(0)
+        for b, i in zip(*np.nonzero(there), strict=True)
+    ]
+    np.testing.assert_allclose(vectors[""][there], means, atol=1e-5)
+    np.testing.assert_array_equal(vectors["class"][there], out["class"][there])
+    assert np.abs(vectors["class"] - vectors[""])[there].max() > 0.1
+
+
 def test_a_head_of_the_teacher_is_shared_and_stays(trained):
     _, _, _, _, batch = trained
     stream, task, _ = build(

@@ -12,7 +12,7 @@ from navit_jax.data import composites, sizes, sources
 from navit_jax.data.builders import composites as builder
 from navit_jax.data.builders.classes import CLASSES8, labels_of
 from navit_jax.data.pixel_classes import draw_classes
-from navit_jax.data.records import Objects
+from navit_jax.data.records import Objects, Record
 from navit_jax.errors import ConfigError
 
 COUNT = 24
@@ -146,6 +146,77 @@ def test_objects_are_small_in_their_scene_and_anywhere_in_it(built):
     assert 0.19 < min(shares) < 0.25
     assert 0.45 < max(shares) < 0.51
     assert np.ptp(centres, axis=0).min() > 0.5
+
+
+class Kept(list):
+    """A source of records in memory."""
+
+    name, class_names = "kept", ()
+
+
+def compose(cutouts, count, **changes):
+    """Scenes with one of these cut-outs, each a class, on a black or a grey photo."""
+    photos = [Image.new("RGB", (9, 9), colour) for colour in ("black", "gray")]
+    parts = Kept(), Kept()
+    for part, pictures in zip(parts, (cutouts, photos), strict=True):
+        for number, picture in enumerate(pictures):
+            file = io.BytesIO()
+            picture.save(file, "PNG")
+            part.append(Record(str(number), file.getvalue(), (number,)))
+    given = {
+        "class_names": (), "split": "train", "seed": 0, "most": 1, "share": (0.2, 0.5),
+        "side": (64, 96), "stamp": "",
+    }  # fmt: skip
+    found = composites.Composites(*parts, count=count, **{**given, **changes})
+    return [found.compose(index) for index in range(count)]
+
+
+def test_a_pixel_is_an_objects_if_the_object_is_more_than_half_of_it():
+    """A white cut-out on black: what is seen is its share, from none to all of 255."""
+    ramp = np.full((40, 40, 4), 255, np.uint8)
+    ramp[..., 3] = np.linspace(0, 255, 40)
+    black = 0
+    for scene, objects in compose([Image.fromarray(ramp)], 12):
+        if scene.min() == 0:
+            assert ((scene[..., 0] > 127) == (objects.instances == 1)).all()
+            between = scene[(scene > 0) & (scene < 255)]
+            assert between.min() < 40 < 210 < between.max()
+            black += 1
+    assert black > 3
+
+
+def test_what_is_drawn_of_a_scene_is_independent_of_all_else():
+    colours = [Image.new("RGBA", (4, 4), (30 * i, 250, 0, 255)) for i in range(8)]
+    num = 400
+    drawn = []
+    for scene, objects in compose(colours, num, most=2, share=(0.3, 0.5)):
+        height, width = objects.instances.shape
+        box = objects.boxes[-1] * (height, width, height, width)
+        top, left, bottom, right = np.rint(box)
+        side = bottom - top
+        drawn.append(
+            [
+                len(objects.boxes),
+                objects.labels[-1],
+                side / (height * width) ** 0.5,
+                top / (height - side),
+                left / (width - right + left),
+                scene[0, 0].sum() > 0,
+                width / height,
+                height * width,
+            ]
+        )
+    drawn = np.array(drawn, float)
+    among = np.corrcoef(drawn.T) - np.eye(drawn.shape[1])
+    # Of independent draws a correlation has a deviation of 1 / 20.
+    assert np.abs(among).max() < 0.2
+    # Each is even over its range.
+    counts = np.bincount(drawn[:, 1].astype(int), minlength=8)
+    assert counts.min() > 25
+    for column, low, high in ((2, 0.3, 0.5), (3, 0, 1), (4, 0, 1)):
+        places = np.sort(drawn[:, column])
+        apart = (places - low) / (high - low) - np.arange(num) / num
+        assert np.abs(apart).max() < 2 / num**0.5
 
 
 def test_labels_are_those_of_what_is_visible(scenes):

@@ -240,37 +240,52 @@ def test_a_set_to_judge_that_is_no_section_is_refused():
         experiment.check_sections(tiny.config(evals={"v": 3}))
 
 
+TOWER = {"blocks", "norm", "class_token", "patch_embedding", "position_embedding"}
+FOCUSING = {"stem", "tables", "focusing", "stages", "transition", "refocusing"}
+SMOKE, FULL = "configs/bootstrap_smoke.py", "configs/sparseformer_bootstrap.py"
+
+
 @pytest.mark.parametrize(
-    "arg, own",
+    "path, arg, own, kept",
     [
-        ("glimpse", {"stem", "tables", "focusing", "stages", "transition",
-                     "refocusing", "glimpses/gain"}),
-        ("resized", set()),
-        ("scratch", {"blocks", "norm", "class_token", "patch_embedding",
-                     "position_embedding"}),
+        (SMOKE, "", FOCUSING, 8),
+        (SMOKE, "composites", FOCUSING, 8),
+        (SMOKE, "plain", TOWER, 0),
+        (SMOKE, "long", FOCUSING, 8),
+        (SMOKE, "glimpse", {*FOCUSING, "glimpses/gain"}, 12),
+        (SMOKE, "resized", set(), 12),
+        (SMOKE, "scratch", TOWER, 0),
+        (FULL, "teacher=augreg_b", FOCUSING, 8),
+        (FULL, "teacher=augreg_l", FOCUSING, 16),
+        (FULL, "teacher=clip_b", FOCUSING, 8),
+        (FULL, "teacher=clip_l", FOCUSING, 16),
+        (FULL, "", FOCUSING, 8),
     ],
-)  # fmt: skip
-def test_a_student_starts_with_its_teachers_parameters_but_for_its_own(arg, own):
-    config = config_lib.resolve(tiny.load("configs/bootstrap_smoke.py", arg))
-    source = {"clipart": {"name": "clipart", "split": "validation"}}
-    config["data"] |= {"sources": source, "teacher": ""}
+)
+def test_a_student_starts_with_its_teachers_last_blocks_and_all_that_is_not_its_own(
+    path, arg, own, kept
+):
+    """Each value tells which parameter and which layer of it it came from."""
+    config = config_lib.resolve(tiny.load(path, arg))
+    config["data"] |= {"sources": tiny.config()["data"]["sources"], "teacher": ""}
     stream = experiment.build_stream(config)
     task = experiment.build_task(config, stream.num_classes)
     shapes = paths.flatten(
         jax.eval_shape(task.init, jax.random.key(0), stream.example())
     )
+    # Of a parameter its first axis alone: that of the layers, where there are any.
     values = {
-        name: np.broadcast_to(np.float32(i), shape.shape)
+        name: 1000 * i + np.arange(*shape.shape[:1], dtype=np.float32)
         for i, (name, shape) in enumerate(shapes.items())
     }
-    names = dict(enumerate(values))
     rules = config["task"]["inherit"]
     found = paths.flatten(inheritance.inherit(paths.nest(values), rules))
     for name, leaf in found.items():
-        source = names[int(leaf.flat[0])]
         part = name.removeprefix("encoder/")
-        if name == source:
-            assert name.startswith("teacher/") or part.startswith(tuple(own)), name
-        else:
-            assert source == "teacher/" + part.removeprefix("glimpses/")
-            assert not part.startswith(tuple(own)), name
+        if part == name or part.startswith(tuple(own)):
+            np.testing.assert_array_equal(leaf, values[name], err_msg=name)
+            continue
+        source = values["teacher/" + part.removeprefix("glimpses/")]
+        if part.startswith("blocks/"):
+            source = source[-kept:]
+        np.testing.assert_array_equal(leaf, source, err_msg=name)

@@ -60,6 +60,11 @@ def test_a_picture_is_measured_as_a_plain_loop_measures_it():
     np.testing.assert_allclose(found["start_area"], area)
 
 
+def below(place):
+    """The share below a place of a Gaussian: deviation a quarter of the side."""
+    return (1 + math.erf((place - 0.5) / 0.25 / 2**0.5)) / 2
+
+
 def test_an_even_grid_and_a_gaussian_are_what_they_are_called():
     mask = np.zeros((64, 64), bool)
     mask[8:40, 16:24] = True
@@ -67,11 +72,15 @@ def test_an_even_grid_and_a_gaussian_are_what_they_are_called():
     look = Look(np.zeros((1, 1, 4)), points)
     found = foreground.measure(look, look, mask)
     assert found["even"] == mask.mean()
-    drawn = RNG.normal(0.5, 0.25, (400_000, 2))
-    # Of 400,000 draws the share is known to 0.0005; 64 quantiles an axis add as much
-    # at each of the mask's edges.
-    np.testing.assert_allclose(found["centre"], count_inside(drawn, mask)[0], rtol=0.1)
-    assert found["centre"] > 1.2 * found["even"]
+    # Along each axis it has 64 points, each at the middle of 1/64 of a Gaussian.
+    tall, wide = (
+        round(64 * below(stop)) - round(64 * below(start))
+        for start, stop in ((1 / 8, 5 / 8), (1 / 4, 3 / 8))
+    )
+    assert found["centre"] == tall * wide / 64**2
+    for places in foreground.centre_points().T:
+        shares = [below(place) for place in np.unique(places)]
+        np.testing.assert_allclose(shares, (np.arange(64) + 0.5) / 64, atol=1e-9)
 
 
 def test_a_lift_is_a_ratio_of_sums_with_the_interval_of_pictures_drawn_anew():

@@ -132,6 +132,104 @@ def test_erasing_fills_a_box_of_some_images_with_noise():
     np.testing.assert_array_equal(none, arrays[0])
 
 
+SIDE, ROWS, SLOTS = 20, 300, 8
+
+
+def squares(seed, values):
+    """Rows of images of one large patch each, of one value; and keys."""
+    shape = ROWS, SLOTS
+    patches = np.broadcast_to(np.uint8(values)[..., None], (*shape, 3 * SIDE**2))
+    ids = np.broadcast_to(np.arange(1, SLOTS + 1, dtype=np.int32), shape)
+    arrays = patches, np.zeros((*shape, 2), np.int32), ids, np.ones((*shape, 2), int)
+    return *map(jnp.asarray, arrays), jax.random.split(jax.random.key(seed), shape)
+
+
+def pixels(patches):
+    """[images, SIDE, SIDE, 3]."""
+    return np.asarray(patches).reshape(-1, SIDE, SIDE, 3)
+
+
+def measure(hit):
+    """What is known of boxes [M SIDE SIDE], those that hold a pixel: by name [M]."""
+    hit = hit[hit.any((1, 2))]
+    found = {"area": hit.mean((1, 2))}
+    for name, axis in (("height", 2), ("width", 1)):
+        line = hit.any(axis)
+        found[name] = line.mean(1)
+        found[f"{name} before"] = line.argmax(1)
+    return found | {"aspect": np.log(found["height"] / found["width"])}
+
+
+def draw_boxes(corners, ends):
+    """The pixels [M SIDE SIDE] whose centres are in boxes of fractions [M 2]."""
+    centres = (np.arange(SIDE) + 0.5) / SIDE
+    hit = (centres >= corners[..., None]) & (centres < ends[..., None])
+    return hit[:, 0, :, None] & hit[:, 1, None, :]
+
+
+def assert_one_law(found, expected, name=""):
+    """Kolmogorov's distance of two samples, at a level of .001."""
+    ordered = np.sort(found), np.sort(expected)
+    places = np.concatenate(ordered)
+    a, b = (np.searchsorted(x, places, "right") / len(x) for x in ordered)
+    limit = 1.95 * (1 / len(found) + 1 / len(expected)) ** 0.5
+    assert np.abs(a - b).max() < limit, name
+
+
+def test_each_image_takes_mixup_or_cutmix_by_a_fair_coin_and_its_share_from_a_beta():
+    """Against numpy's draws; of Beta(a, a) only a = 1 is uniform."""
+    mixup, cutmix = 0.8, 0.4
+    values = np.where(np.arange(SLOTS) < SLOTS // 2, 0, 200)
+    arrays = squares(0, np.broadcast_to(values, (ROWS, SLOTS)))
+    mixed, _, share = jax.jit(mixing.mix, static_argnums=(5, 6))(*arrays, mixup, cutmix)
+    share, found = np.ravel(share), pixels(mixed)
+    own = np.tile(values, ROWS)
+    other = found[..., 0] != own[:, None, None]
+    # Pixels of both; or a box that holds the centre of none.
+    cut = (np.ptp(found, (1, 2, 3)) == 200) | (share == 1)
+    assert abs(cut.mean() - 0.5) < 4 * 0.5 / len(cut) ** 0.5
+
+    rng, num = np.random.default_rng(0), 20_000
+    assert_one_law(share[~cut], rng.beta(mixup, mixup, num))
+    # The variance tells .8 from 1 (1 / 12) more sharply: 1 / (4 (2 a + 1)).
+    assert abs(share[~cut].var() - 1 / (4 * (2 * mixup + 1))) < 0.006
+    half = np.sqrt(1 - rng.beta(cutmix, cutmix, num))[:, None] / 2
+    centre = rng.random((num, 2))
+    boxes = draw_boxes(centre - half, centre + half)
+    assert_one_law(1 - share[cut], boxes.mean((1, 2)))
+    expected = measure(boxes)
+    for name, each in measure(other[cut]).items():
+        assert_one_law(each, expected[name], name)
+
+
+def test_what_is_erased_has_the_area_the_aspect_and_the_noise_of_the_recipe():
+    """Random erasing as published: area .02 to 1/3, aspect .3 to 1/.3; timm's noise."""
+    arrays = squares(1, np.zeros((ROWS, SLOTS)))
+    found = pixels(jax.jit(mixing.erase, static_argnums=5)(*arrays, 0.5))
+    # At random a pixel of noise is black in all three channels: .02^3.
+    hit = found.any(-1)
+    erased = hit.any((1, 2))
+    assert abs(erased.mean() - 0.5) < 4 * 0.5 / len(hit) ** 0.5
+
+    rng, num = np.random.default_rng(0), 20_000
+    share = rng.uniform(0.02, 1 / 3, (num, 1))
+    stretch = np.exp(rng.uniform(np.log(0.3), -np.log(0.3), (num, 1)))
+    extent = np.minimum(np.sqrt(share * np.concatenate([stretch, 1 / stretch], 1)), 1)
+    corner = rng.random((num, 2)) * (1 - extent)
+    expected = measure(draw_boxes(corner, corner + extent))
+    for name, each in measure(hit).items():
+        assert_one_law(each, expected[name], name)
+
+    noise = found[hit].astype(float)
+    drawn = np.rint(rng.normal(116, 57, noise.shape)).clip(0, 255)
+    assert_one_law(noise.ravel(), drawn.ravel())
+    # Drawn anew for each channel, for each pixel and for each image.
+    assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.02
+    middle = found[hit[:, 8:12, 8:12].all((1, 2)), 8:12, 8:12].reshape(-1, 48)
+    for values in (middle, middle.T):
+        assert values.mean(0).std() < 1.3 * 57 / len(values) ** 0.5
+
+
 def test_draws_go_with_the_image_and_not_with_its_place():
     images = pictures(4, ((3, 3),) * 4)
     arrays = row(images)

@@ -57,7 +57,8 @@ def test_the_real_vit_equals_onnxruntime_on_the_same_file():
     graph.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     image, found = photo(16, 16), weights.read(path)
-    mean, std = (np.array(found.model[f"pixel_{n}"]) for n in ("mean", "std"))
+    # As the package that has the file normalises.
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     pixels = ((image / 255 - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
     (expected,) = session.run([name], {"input_image": pixels})
     ours = encode(found, [image], 1)

@@ -3,6 +3,7 @@
 import ast
 import json
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -136,6 +137,31 @@ def test_no_pickle_is_ever_read(kind, tmp_path):
         read_tensors(path)
 
 
+def command(path):
+    """The words of the command that a pickle is refused with."""
+    with pytest.raises(ConfigError, match="is a pickle") as caught:
+        read_tensors(path)
+    *_, line = str(caught.value).splitlines()
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_the_command_for_a_pickle_is_one_that_a_shell_and_python_take(
+    scripted, tmp_path
+):
+    path = tmp_path / "it's $HOME.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps(Bomb()))
+        if scripted:
+            archive.writestr("a/constants.pkl", b"")
+    python, option, program, source, target = command(path)
+    compile(program, "command", "exec")
+    assert ("torch.jit.load(" in program) == scripted
+    assert "'" not in program
+    assert (python, option, source) == ("python", "-c", str(path))
+    assert target == str(path.with_suffix(".safetensors"))
+
+
 def test_a_file_of_nobody_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones(3))
     with pytest.raises(ConfigError, match="of none of the layouts sparse"):
@@ -250,7 +276,7 @@ def test_load_opens_a_file_and_keeps_its_head(tmp_path):
         navit_jax.load(tmp_path, activation="gelu")
 
 
-def clip(path, **more):
+def clip(path, D=D, **more):
     """A tiny CLIP as OpenAI names it; both towers have one block."""
     shapes = {
         "visual.class_embedding": (D,),

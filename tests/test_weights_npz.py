@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 from test_weights_parity import (
     PATCH,
     as_torch,
@@ -35,12 +36,38 @@ def test_npz_files_as_timm_reads_them(naming, tmp_path):
         np.savez(path, **write_npz("big_vision"))
     model.load_pretrained(str(path))
     image = picture(4, 4)
-    features = model.eval().forward_features(as_torch(image, found))
+    features = model.eval().forward_features(as_torch(image))
     ours = encode(found, image)
     compare(ours, {"tokens": numpy(features)[0, 1:], "pooled": numpy(features)[:, 0]})
     head = found.params["head"]["dense"]
     logits = ours["pooled"] @ head["kernel"] + head["bias"]
     compare({"logits": logits}, {"logits": numpy(model.forward_head(features))})
+
+
+@pytest.mark.parametrize("naming", ["augreg", "big_vision"])
+def test_npz_files_on_a_picture_that_is_not_square(naming, tmp_path):
+    library("timm")
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    path = tmp_path / "vit.npz"
+    tensors = write_npz(naming)
+    np.savez(path, **tensors)
+    model = VisionTransformer(
+        img_size=(3 * PATCH, 6 * PATCH), patch_size=PATCH, embed_dim=32, depth=2,
+        num_heads=2, num_classes=0, mlp_ratio=2,
+        act_layer=lambda: torch.nn.GELU(approximate="tanh"),
+    )  # fmt: skip
+    model.load_pretrained(str(path))
+    # timm has resampled with its own filter, vit_jax and big_vision do it so.
+    (table,) = (value[0] for name, value in tensors.items() if "pos_emb" in name)
+    grid = scipy.ndimage.zoom(table[1:].reshape(4, 4, 32), (3 / 4, 6 / 4, 1), order=1)
+    whole = np.concatenate([table[:1], grid.reshape(-1, 32)])[None]
+    model.pos_embed.data = torch.tensor(whole)
+    image = picture(3, 6)
+    features = numpy(model.eval().forward_features(as_torch(image)))
+    ours = encode(weights.read(path), image)
+    compare(ours, {"tokens": features[0, 1:], "pooled": features[:, 0]})
 
 
 def write_npz(naming):

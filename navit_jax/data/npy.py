@@ -8,7 +8,6 @@ import re
 
 from navit_jax.data.bad_image import BadImage
 
-SIGNATURE = b"\x93NUMPY"
 HEADER = re.compile(
     rb"\{'descr': '\|u1', 'fortran_order': False, "
     rb"'shape': \((\d{1,9}), (\d{1,9}), 3\), \} *\n"

@@ -24,12 +24,14 @@ def resample(
     """Entry `coords` of the table resized to `grids`, for each token.
 
     Equal to resizing the whole table to the token's grid and reading it there, sample
-    centres at (i + 0.5) / n. A grid of the table's own size gives the table.
+    centres at (i + 0.5) / n but for "corners". A grid of the table's own size gives
+    the table.
 
     Args:
       filter: "bilinear"; "antialias", bilinear with the triangle widened when the grid
         is smaller than the table (SigLIP 2); "bicubic", a = -0.75 with the border
-        repeated (DINOv2); "bicubic_antialias", a = -0.5, widened alike (timm).
+        repeated (DINOv2); "bicubic_antialias", a = -0.5, widened alike (timm);
+        "corners", bilinear with outermost samples on outermost entries (vit_jax).
 
     Raises:
       ConfigError: an unknown filter.
@@ -131,6 +133,15 @@ def _bicubic_antialias(
     return weights / weights.sum(-1, keepdims=True)
 
 
+def _corners(
+    index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
+) -> Float[Array, "B L {size}"]:
+    # A side of one sample reads the first entry.
+    steps = jnp.maximum(side - 1, 1)[..., None]
+    distance = jnp.abs(jnp.arange(size) * steps - (index * (size - 1))[..., None])
+    return jnp.maximum(steps - distance, 0) / steps
+
+
 def _distances(
     index: Int[Array, "B L"], side: Int[Array, "B L"], size: int
 ) -> tuple[Int[Array, "B L {size}"], Int[Array, "B L 1"]]:
@@ -149,6 +160,7 @@ FILTERS = {
     "antialias": _antialias,
     "bicubic": _bicubic,
     "bicubic_antialias": _bicubic_antialias,
+    "corners": _corners,
 }
 
 

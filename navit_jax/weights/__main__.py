@@ -2,7 +2,8 @@
 
 `inspect` prints what of a checkpoint becomes what of ours, what is left over, and what
 of the model the file does not say; `convert` writes it as safetensors in the naming of
-transformers, with a config.json that says it all.
+transformers, or under our own names what it has not, with a config.json that says it
+all.
 """
 
 import argparse
@@ -78,8 +79,9 @@ def main() -> None:
         print(describe(weights))
         if options.command == "convert":
             images = {k: v for k, v in weights.params.items() if k not in texts.ROOTS}
-            write(pathlib.Path(options.folder), weights.model, images)
-            print(f"written: {options.folder}")
+            kind = write(pathlib.Path(options.folder), weights.model, images)
+            named = f"as transformers names a {kind}" if kind else "under our own names"
+            print(f"written: {options.folder}, {named}")
     except ConfigError as error:
         sys.exit(f"{options.command}: {error}")
 

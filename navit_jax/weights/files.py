@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 import zipfile
 from typing import Any
 
@@ -10,6 +11,22 @@ import numpy as np
 from navit_jax.errors import ConfigError
 
 Tensors = dict[str, np.ndarray]
+
+# Parts of the program that makes safetensors of a pickle; double quotes alone, since a
+# shell has single ones around it.
+IMPORTS = "import sys, torch; from safetensors.torch import save_file"
+LOAD = 'torch.load(sys.argv[1], map_location="cpu", weights_only=True)'
+# As OpenAI distributes CLIP.
+LOAD_SCRIPT = 'torch.jit.load(sys.argv[1], map_location="cpu").state_dict()'
+UNWRAP = (
+    'd = next((d[k] for k in ("state_dict", "model_state_dict", "model", "module") '
+    "if isinstance(d.get(k), dict)), d)"
+)
+# Copies share no memory, which a file of safetensors refuses.
+SAVE = (
+    'save_file({k.removeprefix("module."): v.detach().contiguous().clone() '
+    "for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
+)
 
 
 def read_tensors(path: pathlib.Path) -> Tensors:
@@ -67,17 +84,19 @@ def _as_float32(value: np.ndarray) -> np.ndarray:
 def _refuse_pickles(path: pathlib.Path) -> None:
     with path.open("rb") as file:
         pickled = file.read(1) == b"\x80"
+    load = LOAD
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            pickled |= any(name.endswith(".pkl") for name in archive.namelist())
+            names = [name.rpartition("/")[-1] for name in archive.namelist()]
+        pickled |= any(name.endswith(".pkl") for name in names)
+        load = LOAD_SCRIPT if "constants.pkl" in names else LOAD
     if pickled:
+        program = f"{IMPORTS}; d = {load}; {UNWRAP}; {SAVE}"
+        words = ["python", "-c", program, str(path)]
+        command = shlex.join([*words, str(path.with_suffix(".safetensors"))])
         raise ConfigError(
-            f"{path} is a pickle, which runs code when it is read. Where you trust it: "
-            'python -c "import torch, safetensors.torch as s; '
-            f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
-            "d = d.get('state_dict', d); s.save_file({k: v.contiguous().clone() for "
-            "k, v in d.items()}, "
-            f'{str(path.with_suffix(".safetensors"))!r})"'
+            f"{path} is a pickle, which runs code when it is read. Where you trust it, "
+            f"and torch and safetensors are installed:\n{command}"
         )
 
 

@@ -45,7 +45,8 @@ def _flax(attention: str, norm_2: str, mlp: str, positions: str) -> Layout:
             "eps": 1e-6,
             "mean": HALF,
             "std": HALF,
-            "filter": "bilinear",
+            # They resize with scipy.ndimage.zoom(order=1).
+            "filter": "corners",
         },
         signs=(f"Transformer/encoderblock_0/{attention}/query/kernel",),
         flax=True,

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from navit_jax import paths
@@ -34,7 +34,7 @@ class Weights:
     """What a file holds.
 
     Attributes:
-      layout: Of LAYOUTS.
+      layout: Of LAYOUTS, or "navit_jax" for our own names.
       model: The section `model` that builds the encoder.
       params: `encoder`, and `head` or `image_head` where the file has one; of CLIP's
         texts `text`, `text_head`, `log_scale`.
@@ -75,6 +75,8 @@ def read(
     path = pathlib.Path(path).expanduser()
     tensors = official.rename(_unstack(read_tensors(path)))
     config = read_config(path)
+    if OWN in tensors:
+        return _take_own(tensors, config, replace, str(path))
     name, prefix = find_layout(tensors, str(path))
     layout = LAYOUTS[name]
     own = config | config.get("vision_config", {}) | replace
@@ -83,7 +85,7 @@ def read(
     if name == "sparseformer":
         model, assumed = official.infer(found, replace)
     else:
-        model, assumed = infer(found, layout, config, replace)
+        model, assumed = infer(found, layout, config, replace, reader.guessed)
     beside = tensors, config, replace, allow_unused, str(path)
     text, more = texts.take(reader, *beside)
     reader.record_unused()
@@ -91,6 +93,26 @@ def read(
     params = {**paths.nest(found), **more}
     check_shapes(model, params["encoder"], str(path))
     return Weights(name, model, params, reader.origins, assumed, text)
+
+
+# A sign of our own paths, which `write` uses for what transformers has not.
+OWN = "encoder/blocks/norm_1/scale"
+
+
+def _take_own(
+    tensors: Tensors, config: Mapping[str, Any], replace: Mapping[str, Any], path: str
+) -> Weights:
+    if "navit_jax" not in config:
+        raise ConfigError(
+            f"{path}: the config.json that was written with it is missing"
+        )
+    model, params = {**config["navit_jax"], **replace}, paths.nest(tensors)
+    check_shapes(model, params["encoder"], path)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    origins = [
+        Origin(k, "loaded", f"{k} {shape}", shape) for k, shape in shapes.items()
+    ]
+    return Weights("navit_jax", model, params, origins, [], {})
 
 
 def find_layout(tensors: Tensors, path: str) -> tuple[str, str]:

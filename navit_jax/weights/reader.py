@@ -16,7 +16,7 @@ from navit_jax.weights import official
 from navit_jax.weights.axes import to_ours
 from navit_jax.weights.files import Tensors
 from navit_jax.weights.layouts import Layout
-from navit_jax.weights.sections import guess_heads
+from navit_jax.weights.sections import find_heads, guess_heads
 
 LEAVES = {
     "norm": {"scale": "weight", "bias": "bias"},
@@ -33,6 +33,7 @@ class Reader:
 
     Attributes:
       origins: Of what was taken so far.
+      guessed: Whether neither the tensors nor the config say the number of heads.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Reader:
         config: Mapping[str, Any],
     ):
         self.origins: list[Origin] = []
+        self.guessed = False
         self._tensors, self._layout, self._prefix = tensors, layout, prefix
         self._used: set[str] = set()
+        self._aside: set[str] = set()
         self._config = config
 
     def beside(
@@ -119,6 +122,7 @@ class Reader:
             name
             for name in unused
             if name.startswith(self._prefix)
+            and name not in self._aside
             and not any(re.fullmatch(pattern, name) for pattern in patterns)
         ]
         if refused:
@@ -146,12 +150,23 @@ class Reader:
         )
         if query is not None and flax and query.ndim == 3:
             return query.shape[1]
-        given = self._config.get("num_attention_heads", self._config.get("num_heads"))
-        if given:
-            return int(given)
         up = self._tensors[self._join(parts["blocks/mlp/up"][0], leaf).format(0)]
         out, width = up.shape[::-1] if flax else up.shape
-        return guess_heads(width, depth, out)
+        num_heads = find_heads(self._config, width)
+        self.guessed = num_heads is None
+        images = self._layout.root == "encoder"
+        if num_heads is None:
+            # All of CLIP's towers of texts have heads of 64.
+            num_heads = guess_heads(width, depth if images else 0, out)
+        if width % num_heads:
+            where = (
+                "--set num_heads=..." if images else "text_cfg.heads beside the file"
+            )
+            raise ConfigError(
+                f"{num_heads} heads{' (a guess)' if self.guessed else ''} do not divide"
+                f" the width {width}: give their number ({where})"
+            )
+        return num_heads
 
     def _take(
         self,
@@ -172,12 +187,14 @@ class Reader:
         if kernel is None:
             return
         width = len(found["encoder/norm/scale"])
-        if len(kernel) != width:
-            for leaf in ("kernel", "bias"):
-                del found[f"head/dense/{leaf}"]
+        # vit_jax's layer between the class token and the classes of ImageNet-21k.
+        between = f"{self._prefix}pre_logits/kernel" in self._tensors
+        if between or len(kernel) != width:
             for origin in [o for o in self.origins if o.name.startswith("head/")]:
+                del found[origin.name]
                 self.origins.remove(origin)
-                self._used.discard(origin.source.split(" ")[0])
+                self._aside.add(origin.source.split(" ")[0])
+            self._used -= self._aside
         elif "head/dense/bias" not in found:
             ours = "image_head" if self._layout.positions else "encoder/projection"
             found[f"{ours}/kernel"] = found.pop("head/dense/kernel")

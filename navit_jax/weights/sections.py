@@ -1,5 +1,6 @@
 """The section `model` of a config that a file of weights asks for."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +23,48 @@ NAMES = {
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
 }
+# What timm's names say: of `vision_transformer.py`, the last that applies.
+ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"^vit_", {"activation": "gelu"}),
+    (r"_clip_", {"eps": 1e-5}),
+    (r"_quickgelu_", {"activation": "quick_gelu"}),
+    (
+        r"_(so400m|giantopt)_patch16_siglip|_patch32_siglip"
+        r"|_large_patch16_siglip(_gap)?_512",
+        {"activation": "gelu_tanh"},
+    ),
+    (r"_(huge|giant|gigantic|so400m|giantopt)_|_base_patch16_gap_", {"num_heads": 16}),
+    (r"_giant_.*(dinov2|tips)", {"num_heads": 24}),
+)
+# Those of timm's and open_clip's giants that `models.sizes` does not name.
+GIANTS = (
+    Spec(1664, 48, 16, 8192),
+    Spec(1536, 40, 16, 6144),
+    Spec(1792, 56, 16, 15360),
+)
+
+
+def find_heads(config: Mapping[str, Any], width: int) -> int | None:
+    """The number of heads that a config says; None: it does not.
+
+    Args:
+      config: What is beside the file, the section of the tower at the root.
+    """
+    for name in ("num_heads", "num_attention_heads"):
+        if config.get(name):
+            return int(config[name])
+    vision = config.get("model_cfg", {}).get("vision_cfg", {})
+    if "width" in vision and not vision.get("timm_model_name"):
+        # open_clip's own default.
+        return width // vision.get("head_width", 64)
+    return _read_architecture(config).get("num_heads")
 
 
 def guess_heads(width: int, depth: int, hidden: int) -> int:
     """The heads of the named size with this shape; else of 64 each."""
-    for spec in SIZES.values():
+    for spec in (*SIZES.values(), *GIANTS):
         if (spec.width, spec.depth, spec.mlp) == (width, depth, hidden):
             return spec.num_heads
     return max(width // 64, 1)
@@ -38,6 +75,7 @@ def infer(
     layout: Layout,
     config: Mapping[str, Any],
     replace: Mapping[str, Any],
+    guessed: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """The section, and which of its attributes are assumed.
 
@@ -45,6 +83,7 @@ def infer(
       found: The parameters by our paths.
       config: What is beside the file.
       replace: Attributes that are given.
+      guessed: Whether the number of heads is.
     """
     if "navit_jax" in config:
         return {**config["navit_jax"], **replace}, []
@@ -91,6 +130,9 @@ def infer(
         section["pooling"] = "class"
     names = {"mean": "pixel_mean", "std": "pixel_std", "filter": "positions"}
     assumed = [names.get(name, name) for name in assumed]
+    if guessed:
+        section["num_heads"] = encoder["blocks/attention/query/kernel"].shape[-2]
+        assumed.insert(0, "num_heads")
     return {**section, **replace}, [name for name in assumed if name not in replace]
 
 
@@ -148,6 +190,9 @@ def read_said(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     Args:
       part: The section of transformers' config that says it of this tower.
     """
+    opened = config.get("model_cfg", {})
+    tower = opened.get(part.replace("config", "cfg"), {})
+    images = part == "vision_config"
     config = {**config, **config.get(part, {})}
     said: dict[str, Any] = {}
     if act := config.get("hidden_act"):
@@ -156,12 +201,14 @@ def read_said(config: Mapping[str, Any], part: str) -> dict[str, Any]:
         said["eps"] = config["layer_norm_eps"]
     if config.get("model_type") == "siglip_vision_model":
         said["filter"] = "bicubic"
-    name = str(config.get("architecture", ""))
-    if "_clip_" in name:
-        said |= {"activation": "quick_gelu" if "quickgelu" in name else "gelu"}
-    if "model_cfg" in config:
-        quick = config["model_cfg"].get("quick_gelu", False)
-        said["activation"] = "quick_gelu" if quick else "gelu"
+    if opened:
+        said["activation"] = "quick_gelu" if opened.get("quick_gelu") else "gelu"
+        if tower.get("act_kwargs", {}).get("approximate") == "tanh":
+            said["activation"] = "gelu_tanh"
+        if "eps" in tower.get("norm_kwargs", {}):
+            said["eps"] = tower["norm_kwargs"]["eps"]
+    if images:
+        said |= _read_architecture(config)
     pictures = config.get("pretrained_cfg") or config.get("preprocess_cfg") or config
     for ours in ("mean", "std"):
         for theirs in (f"image_{ours}", ours):
@@ -169,3 +216,17 @@ def read_said(config: Mapping[str, Any], part: str) -> dict[str, Any]:
                 said[ours] = tuple(pictures[theirs])
     assert said.get("activation", "gelu") in ACTIVATIONS
     return said
+
+
+def _read_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's name of a model says, and what a config of timm has in its place."""
+    vision = config.get("model_cfg", {}).get("vision_cfg", {})
+    name = str(vision.get("timm_model_name") or config.get("architecture", ""))
+    said: dict[str, Any] = {}
+    for pattern, attributes in ARCHITECTURES:
+        if name.startswith("vit_") and re.search(pattern, name):
+            said |= attributes
+    given = config.get("model_args", {})
+    if isinstance(given.get("act_layer"), str):
+        said["activation"] = pick("model_args.act_layer", given["act_layer"], NAMES)
+    return said | {k: v for k, v in given.items() if k == "num_heads"}
