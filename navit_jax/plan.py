@@ -5,7 +5,8 @@ reading a pixel, and draws a picture of packed rows. With captions, it recommend
 much room for text a row should have (data.text.tokens).
 
 `--topology=v5e:16x16` compiles the training step for TPUs that are not here, and says
-what it takes there: memory, what is sent, an estimate of time (`navit_jax/pods.py`).
+what it takes there: memory, what is sent, an estimate of time (`navit_jax/pods.py`);
+with `--search` of several meshes, accumulations and rematerialisations.
 """
 
 import bisect
@@ -17,7 +18,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from navit_jax import command_line, experiment, pictures, pods
+from navit_jax import command_line, experiment, pictures, pod_search, pods
 from navit_jax import config as config_lib
 from navit_jax.data import Stream
 from navit_jax.data.plan import Plan
@@ -115,17 +116,13 @@ def draw_images(stream: Stream, num_rows: int = 3) -> Any:
 
 
 def plan_on(
-    config: Mapping[str, Any], stream: Stream, on: Topology, classes: int = 0
+    config: Mapping[str, Any], stream: Stream, on: Topology, classes: int
 ) -> dict[str, Any]:
     """What a step takes on a topology, as of `pods.account`.
-
-    Args:
-      classes: Of the sources; 0 is what they say.
 
     Raises:
       ConfigError: it does not fit; the message says what would help, and by how much.
     """
-    classes = classes or stream.num_classes
     try:
         return pods.account(config, stream, on, classes)
     except pods.OutOfMemory as error:
@@ -157,6 +154,7 @@ def define_main() -> Callable[[], int]:
         "stand_in", False, "The embedded drawings for sets that are not here"
     )
     classes = flags.DEFINE_integer("classes", 0, "Of the sources, for --stand_in")
+    search = flags.DEFINE_bool("search", False, "Try meshes, accumulation and remat")
 
     def main() -> int:
         if not packing.value and not on.value:
@@ -178,8 +176,14 @@ def define_main() -> Callable[[], int]:
             epath.Path(picture.value).write_bytes(drawn)
             print(f"picture: {picture.value}")
         if topology:
-            found = plan_on(resolved, stream, topology, classes.value)
-            print(pods.format_account(found))
+            num_classes = classes.value or stream.num_classes
+            found: Any = None
+            if search.value:
+                found = pod_search.search(resolved, stream, topology, num_classes)
+                print(pod_search.format_table(found))
+            else:
+                found = plan_on(resolved, stream, topology, num_classes)
+                print(pods.format_account(found))
             if output.value:
                 text = json.dumps(found, indent=1) + "\n"
                 epath.Path(output.value).write_text(text)

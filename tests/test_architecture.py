@@ -27,8 +27,8 @@ LAYERS = (
     {"agreement", "train_state", "experiment", "compile", "dial", "judges", "judging",
      "mean_iou", "text_embedder", "train_flops"},
     {"baselines", "evaluate", "evaluator", "few_shot", "predictor", "pretrained"},
-    {"commands", "train", "predict", "plan", "pods", "doctor", "gallery", "report",
-     "samples", "seeing", "teach"},
+    {"commands", "train", "predict", "plan", "pod_search", "pods", "doctor", "gallery",
+     "report", "samples", "seeing", "teach"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -298,7 +298,7 @@ def test_no_device_ever_holds_the_embeddings_of_all(kind):
         assert one.size <= 4 * piece, one
     dense = functools.partial(contrastive_forms.dense, axis_name="x")
     found = hlo.read(compiled(dense, slots, width).as_text())
-    assert ("all-gather", 4 * 8 * slots * width, 1) in found
+    assert ("all-gather", 4 * 8 * slots * width, 1) in {each[:3] for each in found}
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import jax
 import pytest
 import tiny
 
-from navit_jax import experiment, pods, train_flops
+from navit_jax import experiment, pod_search, pods, train_flops
 from navit_jax.errors import ConfigError
 from navit_jax.topology import CHIPS, Chip, Topology, open_topology
 
@@ -106,6 +107,32 @@ def test_the_network_takes_what_each_kind_sends_along_its_axis():
     )
     assert step.network_seconds(Chip(1, 1.0, 1.0, 1e6, 1e3)) == pytest.approx(1.024)
     assert step.sent() == {"between slices, replica": {"bytes": 1024, "number": 1}}
+
+
+def test_the_fastest_of_several_choices_comes_first_and_what_can_not_be_is_told(
+    found, caplog
+):
+    caplog.set_level(logging.INFO, logger="absl")
+    config, stream, _ = found
+    on, classes = here(), stream.num_classes
+    meshes = [{"replica": 8, "fsdp": 1}, {"replica": 1, "fsdp": 8}]
+    told = pod_search.search(config, stream, on, classes, meshes, (1, 3), ("full",))
+    assert len(told) == 2
+    assert len([m for m in caplog.messages if "no multiple of 24" in m]) == 2
+    times = [each["seconds"]["without overlap"] for each in told]
+    assert times == sorted(times)
+    table = pod_search.format_table(told)
+    assert {row.split(" | ")[0] for row in table.splitlines()[2:]} == {"| 8", "| 1"}
+
+
+@pytest.mark.parametrize("num, slices", [(8, 1), (256, 1), (256, 2), (48, 3)])
+def test_meshes_that_are_tried_hold_all_devices_and_split_no_slice(num, slices):
+    on = Topology("some", HERE, (None,) * num, slices)
+    meshes = pod_search.list_meshes(on)
+    assert len(meshes) >= 3
+    for mesh in meshes:
+        assert math.prod(mesh.values()) == num
+        assert mesh["replica"] % slices == 0
 
 
 @pytest.mark.parametrize(

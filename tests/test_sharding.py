@@ -161,6 +161,17 @@ def test_an_impossible_mesh_is_refused_with_the_nearest_values(sizes, match):
         sharding.make_mesh(*sizes)
 
 
+def test_replicas_alone_are_split_over_slices():
+    class Device:
+        def __init__(self, number):
+            self.slice_index = number // 4
+
+    with pytest.raises(
+        ConfigError, match=r"replica=1: the devices are 2 slices.* of 2"
+    ):
+        sharding.make_mesh(1, 8, 1, list(map(Device, range(8))))
+
+
 @pytest.mark.parametrize(
     "rows, accumulate, part", [(16, 1, 16), (16, 4, 4), (24, 2, 12)]
 )

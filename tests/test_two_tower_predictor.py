@@ -284,7 +284,7 @@ def test_the_vocabulary_of_a_run_is_kept_and_another_one_refused(workdir, tmp_pa
     run_folder.store_vocabulary(folder, None)
     assert not (folder / "vocabulary").exists()
     run_folder.store_vocabulary(folder, tokenizer)
-    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "4").mkdir(parents=True)
     run_folder.store_vocabulary(folder, tokenizer)
     (folder / "vocabulary").write_bytes(b"another")
     with pytest.raises(ConfigError, match="with which the run has begun"):
