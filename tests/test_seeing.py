@@ -79,7 +79,7 @@ def test_a_page_shows_and_measures_what_a_run_looks_at(run, built, monkeypatch):
     monkeypatch.setattr(composites, "built_folder", lambda: built)
     monkeypatch.setattr(look_pictures, "draw_looks", draw)
     monkeypatch.setattr(look_pictures, "draw_density", draw)
-    monkeypatch.setattr(seeing, "SCENES", 5)
+    monkeypatch.setattr(seeing, "SCENES", 2)
     monkeypatch.setattr(seeing, "POOLED", 7)
     output = run.parent / "page.html"
     report.write_report([run], output)
@@ -91,9 +91,9 @@ def test_a_page_shows_and_measures_what_a_run_looks_at(run, built, monkeypatch):
     assert [len(images), len(looks), len(same), len(every)] == [4, 4, 4, 7]
     # Numbers of the page, from the model alone.
     model = seeing.watch(navit_jax.load(run))
-    scenes = composites.composites("validation", 5, labels="none")
+    scenes = composites.composites("validation", 2, labels="none")
     shares, even = [], []
-    for scene in range(5):
+    for scene in range(2):
         record = scenes[scene]
         (found,) = seeing.look(model, [record])
         mask = record.objects.instances > 0
