@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from navit_jax import config as config_lib
-from navit_jax import joining, roll_call
+from navit_jax import joining, roll_call, run_folder
 from navit_jax.errors import LOST_PEER, ConfigError
 
 # What runtimes say when another process is gone.
@@ -76,7 +76,11 @@ def start(
       folder: The run's, which all see.
       timeout: Seconds in which all must come.
       heartbeat: Seconds after which a silent process counts as lost.
+
+    Raises:
+      ConfigError: the folder can not be written.
     """
+    run_folder.check_writable(epath.Path(folder), f"the run's folder {folder}")
     global _call
     _call = calls = roll_call.RollCall(folder, place.process_id)
     _leave_on_abort()

@@ -124,6 +124,14 @@ def test_who_is_missing_is_named(tmp_path):
         assert part in done.stderr
 
 
+def test_a_folder_that_can_not_be_written_is_refused_before_anybody_is_met(tmp_path):
+    (tmp_path / "file").touch()
+    lines, code = meet(tmp_path / "file" / "run")
+    assert code == 2, "\n".join(lines)
+    assert "the run's folder" in own(lines, 0)
+    assert "can not be written" in own(lines, 0)
+
+
 ECHO = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
 ECHO += "print('ready', flush=True); time.sleep(60)"
 

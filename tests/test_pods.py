@@ -191,6 +191,39 @@ def test_a_step_is_compiled_for_a_pod(text, slices, tmp_path):
     assert ("between slices, replica" in told["sent"]) == (slices > 1)
 
 
+SPLASH = """
+import re, sys
+import tiny
+from navit_jax import experiment, hlo, pods
+from navit_jax.topology import open_topology
+config = tiny.config(data__tokens=384, data__rows=8, model__attention=sys.argv[1])
+stream = experiment.build_stream(config)
+step = pods.Step(config, stream, open_topology("v5e:2x4"), stream.num_classes)
+kernels = squares = gathered = 0
+for each in hlo.walk(step.text):
+    kernels += each.times * ("tpu_custom_call" in each.line and not each.fused)
+    squares += bool(re.search(r"\\[(\\d+,)*384,384\\]", each.line))
+tokens = max(x.size for x in hlo.read(step.text) if x.kind == "all-gather")
+print(kernels > 0, squares > 0, tokens < 384 * 8 * 32 * 2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention, dense", [("auto", False), ("dense", True)])
+def test_attention_on_a_tpu_is_a_kernel_without_a_matrix_of_all_pairs(attention, dense):
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("compiling for a TPU needs libtpu")
+    paths = [str(tiny.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SPLASH, attention], cwd=tiny.ROOT, text=True,
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Rows stay where they are, too: no device gathers the tokens of others.
+    assert done.stdout.split() == [str(not dense), str(dense), "True"]
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_says_what_would_help():
     done = for_tpu("--topology=v5e:1x1", "--config.data.rows=32768")
