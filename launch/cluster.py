@@ -3,10 +3,11 @@
 python launch/cluster.py 2 -- python -m navit_jax.train --config=configs/smoke.py \\
     --workdir=runs/two --config.data.rows=8
 
-Each line is printed behind the number of its process. SIGINT and SIGTERM are passed on
-to all; to stop one alone, signal its pid, which is printed. When one fails, the others
-have --grace seconds to notice and leave; then they are killed. The exit code is that of
-one that failed, of several not that of those that lost another (44), and 0 if none did.
+Each line is printed behind the number of its process. SIGINT, SIGTERM and SIGHUP are
+passed on to all; to stop one alone, signal its pid, which is printed. When one fails
+(42, a run that was told to stop and saved, is no failure), the others have --grace
+seconds to notice and leave; then they are killed. The exit code is that of one that
+failed, of several not that of those that lost another (44), and 0 if none did.
 """
 
 import argparse
@@ -18,12 +19,14 @@ import sys
 import threading
 import time
 
-# As navit_jax/errors.py has it.
-LOST_PEER = 44
+# As navit_jax/errors.py has them.
+PREEMPTED, LOST_PEER = 42, 44
 
 
-def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen[str]]:
-    """Starts the processes; each has so many CPU devices, 0 for what there is."""
+def start(
+    processes: list[subprocess.Popen[str]], command: list[str], count: int, devices: int
+) -> None:
+    """Adds processes; each has so many CPU devices, 0 for what there is."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,8 +42,8 @@ def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen
             f"{os.environ.get('XLA_FLAGS', '')} "
             f"--xla_force_host_platform_device_count={devices}"
         )
-    return [
-        subprocess.Popen(
+    for index in range(count):
+        process = subprocess.Popen(
             command,
             env={**environment, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
@@ -50,8 +53,7 @@ def start(command: list[str], count: int, devices: int) -> list[subprocess.Popen
             # So that a key pressed in the terminal comes from here alone.
             start_new_session=True,
         )
-        for index in range(count)
-    ]
+        processes.append(process)
 
 
 def pass_lines(index: int, process: subprocess.Popen[str]) -> None:
@@ -76,13 +78,14 @@ def wait(processes: list[subprocess.Popen[str]], grace: float) -> int:
             if code is None:
                 if time.monotonic() > deadline:
                     print(f"process {index} is still there: killed", flush=True)
-                    process.kill()
+                    # With what it started; it leads a group of its own.
+                    os.killpg(process.pid, signal.SIGKILL)
                     left[index] = LOST_PEER
                 continue
             if index not in left:
                 left[index] = 128 - code if code < 0 else code
                 print(f"process {index} left with {left[index]}", flush=True)
-                if code:
+                if code not in (0, PREEMPTED):
                     deadline = min(deadline, time.monotonic() + grace)
     failed = sorted((code for code in left.values() if code), key=LOST_PEER.__eq__)
     return failed[0] if failed else 0
@@ -102,17 +105,19 @@ def main() -> int:
     given = parser.parse_args()
     if given.count < 1:
         parser.error(f"count {given.count}: give 1 or more")
-    processes = start(given.command, given.count, given.devices)
+    processes: list[subprocess.Popen[str]] = []
 
     def pass_on(number: int, _: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
+    start(processes, given.command, given.count, given.devices)
     printers = [
-        threading.Thread(target=pass_lines, args=each) for each in enumerate(processes)
+        threading.Thread(target=pass_lines, args=each, daemon=True)
+        for each in enumerate(processes)
     ]
     for index, process in enumerate(processes):
         print(f"process {index} of {given.count}: pid {process.pid}", flush=True)

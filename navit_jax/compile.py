@@ -55,7 +55,7 @@ class Program:
         self._options = experiment.train_options(config)
         self._example = example
         # Nothing is computed: devices that are only described could not.
-        key = jax.eval_shape(jax.random.key, config["seed"])
+        key = jax.eval_shape(lambda: jax.random.key(config["seed"]))
         params = jax.eval_shape(task.init, key, example)
         section = {**config["optim"], "freeze": freeze(config, task)}
         self._tx, self.schedule = optim.build(section, config["steps"], params)

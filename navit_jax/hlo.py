@@ -16,7 +16,7 @@ KINDS = (
 )  # fmt: skip
 SLICES = "between slices"
 # Bits, dimensions, and what a layout says behind them: S(1) is memory on the chip.
-SHAPE = re.compile(r"\b(?:pred|bf|[fsuc])(\d*)\[([\d,]*)\](\{[^}]*\})?")
+SHAPE = re.compile(r"\b(?:pred|bf|[fsuc])(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
 OPERATION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.+?) ([a-z][\w\-]*)\((.*)$")
 CALLED = re.compile(r"\b(\w+)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -93,6 +93,8 @@ def walk(hlo: str, trips: int = 1) -> Iterator[Step]:
                 continue
             kind = operation[2]
             yield Step(kind, line, times, fused)
+            if kind in ("async-update", "async-done"):
+                continue  # they name again what was started
             called = {
                 key: [other.strip()[1:] for other in others.split(",")]
                 for key, others in CALLED.findall(line)
@@ -107,7 +109,8 @@ def walk(hlo: str, trips: int = 1) -> Iterator[Step]:
                     if other in bodies:
                         yield from visit(other, often, part)
 
-    yield from visit(entry, 1, False)
+    if entry:
+        yield from visit(entry, 1, False)
 
 
 def read(hlo: str, trips: int = 1) -> list[Collective]:
@@ -122,10 +125,14 @@ def read(hlo: str, trips: int = 1) -> list[Collective]:
         operation = OPERATION.match(step.line)
         assert operation
         sizes = [size(*shape) for shape in SHAPE.findall(operation[1])]
-        # What starts an operation also returns its operand, or a number.
-        started = kind == SLICES or step.kind.endswith("-start")
-        largest = max(sizes) if started else sum(sizes)
-        found.append(Collective(kind, largest, step.times, find_group(step.line)))
+        if kind == SLICES:
+            sizes = [max(sizes)]  # beside it is a number
+        elif step.kind.endswith("-start") and kind != "all-reduce":
+            # What starts returns its operands too, and numbers of what is under way.
+            sizes = [each for each in sizes if each > 4]
+            sizes = sizes[len(sizes) // 2 :]
+        group = find_group(step.line)
+        found.append(Collective(kind, sum(sizes), step.times, group))
     return found
 
 
@@ -196,7 +203,7 @@ def name_axes(group: Sequence[int], mesh_shape: dict[str, int]) -> str:
 
 def size(bits: str, dims: str, _: str | None = None) -> int:
     """Bytes of an array; a `pred` has no bits in its name and takes a byte."""
-    return int(bits or 8) // 8 * math.prod(int(n) for n in dims.split(",") if n)
+    return int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) // 8
 
 
 def _count(dims: str, order: str | None) -> np.ndarray:

@@ -104,7 +104,7 @@ def find(
             f"the environment of {name} can not be read: {error!r}; "
             f"{tell_environment()}; {REMEDY}"
         ) from error
-    if not devices and local is not None and name in ("slurm", "ompi"):
+    if not devices and local is not None and name in ("slurm", "ompi") and num > 1:
         own = (local,)  # one process for each device, as JAX has it
     return Place(address, num, process_id, own, name)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from navit_jax import compile, experiment, hlo, host_signals, sharding, train_flops
 from navit_jax import config as config_lib
@@ -75,11 +76,15 @@ class Step:
             try:
                 self._compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
-                if not (spent := SPENT.search(str(error))):
+                if not (needed := read_needed(str(error))):
                     raise
-                scale = 2**30 if spent[2] == "G" else 2**20
-                raise OutOfMemory(float(spent[1]) * scale) from error
-        self.text = self._compiled.as_text()
+                raise OutOfMemory(needed) from error
+        try:
+            self.text = self._compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            # The compiler can not always print what it has made.
+            logging.warning("what is sent is not known: %s", str(error)[:200])
+            self.text = ""
         self.mesh = dict(mesh.shape)
         self._abstract, self._batch = program.abstract, batch
         self.params = program.abstract.params
@@ -130,6 +135,13 @@ class Step:
             rate = chip.network if each.kind == hlo.SLICES else chip.link
             seconds += each.size * each.times * shares[each.kind] / rate
         return seconds
+
+
+def read_needed(text: str) -> float:
+    """Bytes that a compiler without room says it needs; 0 if it says something else."""
+    if not (spent := SPENT.search(text)):
+        return 0.0
+    return float(spent[1]) * {"G": 2**30, "M": 2**20}[spent[2]]
 
 
 def account(

@@ -6,6 +6,7 @@ abort the others; here they say who it was, and leave with 44: start me again.
 
 import contextlib
 import ctypes
+import faulthandler
 import hashlib
 import json
 import os
@@ -27,13 +28,13 @@ from jax.experimental import multihost_utils
 
 from navit_jax import config as config_lib
 from navit_jax import joining, roll_call, run_folder
-from navit_jax.errors import LOST_PEER, ConfigError
+from navit_jax.errors import LOST_PEER, PREEMPTED, ConfigError
 
-# What runtimes say when another process is gone.
+# What JAX's runtime says when another process is gone; it begins with a status.
 LOST = re.compile(
-    r"gloo|nccl|connection (reset|closed|refused)|broken pipe|coordination service|"
-    r"heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED",
-    re.IGNORECASE,
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|"
+    r"(UNKNOWN|INTERNAL|FAILED_PRECONDITION).*(gloo|nccl|coordination|connection|socket)",
+    re.IGNORECASE | re.DOTALL,
 )
 # What changes the program that a process compiles.
 COMPILING = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -104,16 +105,18 @@ def start(
         "process %d of %d (%s), coordinator %s",
         place.process_id, place.num_processes, place.cluster, place.coordinator,
     )  # fmt: skip
-    jax.distributed.initialize(
-        place.coordinator,
-        place.num_processes,
-        place.process_id,
-        list(place.devices) if place.devices is not None else None,
-        cluster_detection_method="deactivate",
-        initialization_timeout=timeout + LATER_SECONDS,
-        heartbeat_timeout_seconds=heartbeat,
-    )
-    come.set()
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            list(place.devices) if place.devices is not None else None,
+            cluster_detection_method="deactivate",
+            initialization_timeout=timeout + LATER_SECONDS,
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    finally:
+        come.set()
 
 
 @contextlib.contextmanager
@@ -128,13 +131,25 @@ def together() -> Iterator[None]:
     except Exception as error:
         if jax.distributed.is_initialized():
             traceback.print_exc()
-            lost = LOST.search(str(error)) is not None
+            lost = is_lost(error)
             end(LOST_PEER if lost else 1, "a process was lost" if lost else "")
         raise
-    except SystemExit as left:
-        if jax.distributed.is_initialized() and left.code not in (0, None, 42):
-            end(left.code if isinstance(left.code, int) else 1, "")
+    except KeyboardInterrupt:
+        if jax.distributed.is_initialized():
+            end(130, "interrupted")
         raise
+    except SystemExit as left:
+        if jax.distributed.is_initialized() and left.code not in (0, None, PREEMPTED):
+            text = isinstance(left.code, str)
+            end(1 if text else int(left.code), str(left.code) if text else "")
+        raise
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether JAX's runtime says by an error that another process is gone."""
+    # Of some collectives it raises a ValueError with the same text.
+    runtime = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return runtime and LOST.match(str(error)) is not None
 
 
 def check_same(config: Mapping[str, Any], workdir: epath.PathLike) -> None:
@@ -207,7 +222,8 @@ def _leave_on_abort() -> None:
     """The runtime aborts a process whose peers are gone; it shall leave with 44."""
 
     def leave(_: int) -> None:
-        os.write(2, b"a process was lost, as said above: leaving with 44\n")
+        faulthandler.dump_traceback()
+        os.write(2, b"ended by the runtime, as said above: a process was lost?\n")
         os._exit(LOST_PEER)
 
     # Python's own handlers run between its instructions, which is too late here.

@@ -17,6 +17,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from navit_jax import storage
+
 BEAT_SECONDS = 2.0
 
 
@@ -79,7 +81,7 @@ class RollCall:
             "doing": self._doing,
             "seconds": round(time.monotonic() - self._since, 1),
         }
-        (self.folder / f"{self.index}.json").write_text(json.dumps(said))
+        storage.store(self.folder / f"{self.index}.json", json.dumps(said))
 
     def _read_all(self, count: int) -> dict[int, dict[str, Any]]:
         found = {}

@@ -73,6 +73,9 @@ def make_mesh(
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(shape, AXES, types, devices=devices)
+    if devices[0].platform != "tpu":
+        # Each host of CPUs or GPUs counts as a slice, which `jax.make_mesh` refuses.
+        return Mesh(np.asarray(devices, object).reshape(shape), AXES, types)
     if shape[0] % slices:
         raise ConfigError(
             f"config.mesh.replica={shape[0]}: the devices are {slices} slices, and "

@@ -73,7 +73,10 @@ class Log:
         size = max(1, len(lines)) if is_local(path) else PART_LINES
         parts = [lines[i : i + size] for i in range(0, len(lines), size)] or [[]]
         for number, part in enumerate(parts):
-            _write(_part(path, number), part)
+            where, text = _part(path, number), _join(part)
+            # A cut last line would spoil the next.
+            if not where.exists() or where.read_text() != text:
+                store(where, text)
         for old in find_parts(path)[len(parts) :]:
             old.unlink()
         self._number, self._lines = len(parts) - 1, list(parts[-1])
@@ -87,7 +90,7 @@ class Log:
         if len(self._lines) >= PART_LINES:
             self._number, self._lines = self._number + 1, []
         self._lines.append(line)
-        _write(_part(self._path, self._number), self._lines)
+        store(_part(self._path, self._number), _join(self._lines))
 
 
 def read_log(path: epath.Path) -> list[str]:
@@ -110,8 +113,5 @@ def _part(path: epath.Path, number: int) -> epath.Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
 
 
-def _write(path: epath.Path, lines: Sequence[str]) -> None:
-    text = "".join(f"{line}\n" for line in lines)
-    # What is there already needs no writing; a cut last line would spoil the next.
-    if not path.exists() or path.read_text() != text:
-        store(path, text)
+def _join(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)

@@ -51,6 +51,7 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
     """
     config = {**config, "data": {**config["data"], "teacher": ""}}
     experiment.check_sections(config)
+    processes.check_same({**config, "side": side}, out)
     initialise.check_section(config["model"].get("init"))
     run_folder.check_writable(epath.Path(out).expanduser(), f"--out={out}")
     mesh = config_lib.call(sharding.make_mesh, config.get("mesh", {}), "mesh")
@@ -64,7 +65,8 @@ def teach(config: Mapping[str, Any], side: int | float | str, out: str) -> None:
         for name, stream in streams.items():
             vectors = run(task.vectors_of_teacher, params, stream, mesh)
             (read,), _ = data.open_sources({name: config["data"]["sources"][name]})
-            teacher_outputs.write(out, name, read, vectors, about, side)
+            if jax.process_index() == 0:
+                teacher_outputs.write(out, name, read, vectors, about, side)
             logging.info("%s: %s vectors of %s", out, vectors.shape, name)
 
 

@@ -15,6 +15,8 @@ from navit_jax.errors import HUNG
 
 CHECK_SECONDS = 1.0
 SLOW_SECONDS = 60.0
+# In which the run's folder must take what is said of a hang.
+FOLDER_SECONDS = 60.0
 
 
 class Watch:
@@ -70,13 +72,24 @@ class Watch:
 
     def _leave(self, doing: str) -> None:
         path = self._folder / f"hung_{jax.process_index()}.txt"
-        with tempfile.TemporaryFile("w+") as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            stacks = file.read()
         message = (
             f"{doing}: nothing has happened for {self._limit:.0f} s "
-            f"(config.train.hang_seconds); {processes.describe()}"
+            "(config.train.hang_seconds)"
         )
-        path.write_text(f"{message}\n\n{stacks}")
-        processes.end(HUNG, f"{message}. What each thread does: {path}")
+        # The folder may be what hangs: it ends all the same.
+        late = threading.Timer(FOLDER_SECONDS, processes.end, (HUNG, message))
+        late.daemon = True
+        late.start()
+        faulthandler.dump_traceback()
+        try:
+            with tempfile.TemporaryFile("w+") as file:
+                faulthandler.dump_traceback(file)
+                file.seek(0)
+                stacks = file.read()
+            message = f"{message}; {processes.describe()}"
+            path.write_text(f"{message}\n\n{stacks}")
+            message += f". What each thread does: {path}"
+        except OSError as error:
+            message += f"; {path} can not be written: {error}"
+        late.cancel()
+        processes.end(HUNG, message)

@@ -234,6 +234,22 @@ def test_the_teacher_begins_alone_as_it_begins_beside_its_student(trained):
     chex.assert_trees_all_equal(found, {"teacher": first.params["teacher"]})
 
 
+def test_the_teacher_alone_has_the_weights_of_model_init(monkeypatch):
+    def load(params, weights):
+        assert weights == "file"
+        real = jax.tree.map(jnp.ones_like, params["teacher"])
+        return {**params, "teacher": real}
+
+    monkeypatch.setattr(compile.initialise, "from_run", load)
+    asked = config()
+    stream, task, mesh = build(asked)
+    asked["model"] = {**asked["model"], "init": {"weights": "file"}}
+    with jax.set_mesh(mesh):
+        program = compile.Program(asked, task, stream.example(), mesh)
+        found = program.first_params(teach.PARTS)
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(found["teacher"]))
+
+
 @pytest.mark.parametrize(
     "side, length, message",
     [(600, 64, "--side=600 reaches 600 px, 37 patches a side, but .*=32: 512 px"),

@@ -1,14 +1,18 @@
 """launch/cluster.py, and how processes of one run meet, fail and end together."""
 
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import tiny
+
+from navit_jax import processes
 
 CLUSTER = tiny.ROOT / "launch" / "cluster.py"
 # Two processes that exchange numbers, as a step does; one of them may do otherwise.
@@ -39,6 +43,10 @@ def main():
                 raise ValueError("a bug of its own")
             if trouble.value == "exit":
                 sys.exit(3)
+            if trouble.value == "interrupt":
+                raise KeyboardInterrupt
+            if trouble.value == "memory":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of a barrier")
     print("sum", sums.sum(), "of", jax.device_count(), "devices")
 
 command_line.run(main)
@@ -78,7 +86,13 @@ def test_two_processes_are_one_run(tmp_path):
 
 @pytest.mark.parametrize(
     "trouble, code, message",
-    [("killed", 137, ""), ("bug", 1, "a bug of its own"), ("exit", 3, "")],
+    [
+        ("killed", 137, ""),
+        ("bug", 1, "a bug of its own"),
+        ("exit", 3, ""),
+        ("interrupt", 130, "interrupted"),
+        ("memory", 1, "RESOURCE_EXHAUSTED"),
+    ],
 )
 def test_who_lost_another_leaves_with_44_and_who_failed_with_its_own(
     trouble, code, message, tmp_path
@@ -89,6 +103,7 @@ def test_who_lost_another_leaves_with_44_and_who_failed_with_its_own(
     assert f"process 1 left with {code}" in lines
     assert message in own(lines, 1)
     assert "a process was lost" in own(lines, 0)
+    assert "a process was lost" not in own(lines, 1)
 
 
 def test_a_silent_process_is_lost_too(tmp_path):
@@ -132,20 +147,56 @@ def test_a_folder_that_can_not_be_written_is_refused_before_anybody_is_met(tmp_p
     assert "can not be written" in own(lines, 0)
 
 
-ECHO = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
+ECHO = "import os, signal, sys, time; leave = lambda *_: sys.exit(42); "
+ECHO += "signal.signal(15, leave); signal.signal(1, leave); "
 ECHO += "print('ready', flush=True); time.sleep(60)"
 
 
-def test_signals_are_passed_on_and_a_common_code_is_handed_back():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_passed_on_and_a_common_code_is_handed_back(number):
     command = [sys.executable, CLUSTER, "3", "--", sys.executable, "-c", ECHO]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     said = ""
     while len(re.findall("ready", said)) < 3:
         said += process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 42
     assert len(re.findall(r"process \d left with 42", rest)) == 3
+
+
+@pytest.mark.parametrize(
+    "text, lost",
+    [
+        ("UNAVAILABLE: connection refused", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out", True),
+        ("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer", True),
+        ("INTERNAL: NCCL operation failed: remote process exited", True),
+        ("RESOURCE_EXHAUSTED: jit(step)/optimization_barrier", False),
+        ("INTERNAL: Mosaic failed", False),
+        ("INVALID_ARGUMENT: gloo", False),
+        ("the heartbeat of the barrier", False),
+    ],
+)
+def test_only_the_runtime_says_that_a_process_was_lost(text, lost):
+    assert processes.is_lost(jax.errors.JaxRuntimeError(text)) == lost
+    assert processes.is_lost(ValueError(text)) == lost
+    assert not processes.is_lost(KeyError(text))
+
+
+def test_what_a_killed_process_has_started_ends_with_it():
+    program = "import os, subprocess, sys, time; i = os.environ['JAX_PROCESS_ID']\n"
+    program += "i == '1' and sys.exit(7)\n"
+    program += "child = subprocess.Popen(['sleep', '50']); print('child', child.pid)\n"
+    program += "time.sleep(50)"
+    lines, code = run("2", "--grace=1", "--", sys.executable, "-c", program, timeout=30)
+    assert code == 7
+    child = int(re.search(r"child (\d+)", own(lines, 0))[1])
+    deadline = time.monotonic() + 5
+    while pathlib.Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    status = pathlib.Path(f"/proc/{child}/stat")
+    assert not status.exists() or " Z " in status.read_text()
 
 
 def test_who_does_not_leave_after_a_failure_is_killed():

@@ -26,6 +26,15 @@ def test_parameters_of_another_run_begin_the_running_mean_too(monkeypatch):
     assert len({s.data.unsafe_buffer_pointer() for s in shards}) == len(shards)
 
 
+def test_a_seed_may_be_any_that_a_key_may():
+    config = tiny.config(seed=3_000_000_000)
+    stream = experiment.build_stream(config)
+    task = experiment.build_task(config, stream.num_classes)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    program = compile.Program(config, task, stream.example(), mesh)
+    assert program.abstract.params
+
+
 def test_the_running_mean_has_no_copy_of_what_is_frozen():
     frozen = (("encoder/blocks/mlp/.*", True), ("encoder/blocks/.*", "1:"))
     config = tiny.config(train__ema=0.9, optim__freeze=frozen)

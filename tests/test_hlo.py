@@ -65,6 +65,45 @@ def test_rounds_of_a_loop_are_read_from_its_condition_and_cycles_counted_by_them
     assert sent == ("all-reduce", 8 * 128 * 4, 12, (0, 2, 4, 6))
 
 
+def test_what_the_text_does_not_tell_has_as_many_rounds_as_are_said():
+    other = TPU.replace("direction=LT", "direction=GE")
+    assert hlo.count_cycles(other) == 50 + 100
+    assert [each.times for each in hlo.read(other, trips=3)] == [3]
+
+
+def test_all_branches_are_walked():
+    text = """
+%one (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+
+%two (p: f32[8]) -> f32[8] {
+  ROOT %b = f32[8]{0} all-gather(%p), dimensions={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} conditional(%i, %a, %a), branch_computations={%one, %two}
+}
+"""
+    assert [each.kind for each in hlo.read(text)] == ["all-reduce", "all-gather"]
+
+
+@pytest.mark.parametrize(
+    "line, size",
+    [
+        ("(f32[256], f32[256], f32[256]) all-reduce-start(%a, %b, %c)", 3 * 1024),
+        ("((f32[8], f32[16]), (f32[32], f32[64])) all-gather-start(%a, %b)", 384),
+        ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", 32),
+        ("(f32[32], f32[8]) reduce-scatter-start(%a)", 32),
+        ("f8e4m3fn[64] all-gather(%a)", 64),
+        ("s4[64] all-gather(%a)", 32),
+    ],
+)
+def test_the_result_of_what_starts_is_counted(line, size):
+    text = f"ENTRY %main () -> f32[] {{\n  %r = {line}\n}}\n"
+    assert [each.size for each in hlo.read(text)] == [size]
+
+
 def test_the_largest_buffers_are_named_and_what_stays_on_the_chip_is_none():
     assert hlo.largest(TPU) == [(4 * 128 * 4, "f32[4,128]", "step/slice")]
 

@@ -57,6 +57,9 @@ def test_a_slurm_step_gives_each_process_its_own_device(monkeypatch):
     assert joining.find(devices=["all"]).devices is None
     assert joining.find(devices=["0", "2"]).devices == (0, 2)
     assert joining.find(cluster="none") is None
+    # A step of one task has the node.
+    enter(monkeypatch, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
+    assert joining.find().devices is None
 
 
 def test_a_batch_script_without_srun_is_no_step(monkeypatch):

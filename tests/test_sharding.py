@@ -163,13 +163,19 @@ def test_an_impossible_mesh_is_refused_with_the_nearest_values(sizes, match):
 
 def test_replicas_alone_are_split_over_slices():
     class Device:
+        platform = "tpu"
+
         def __init__(self, number):
-            self.slice_index = number // 4
+            self.id, self.slice_index = number, number // 4
 
     with pytest.raises(
         ConfigError, match=r"replica=1: the devices are 2 slices.* of 2"
     ):
         sharding.make_mesh(1, 8, 1, list(map(Device, range(8))))
+    # Hosts of CPUs or GPUs count as slices too, and split what they like.
+    Device.platform = Device.device_kind = "gpu"
+    mesh = sharding.make_mesh(1, 8, 1, list(map(Device, range(8))))
+    assert dict(mesh.shape) == {"replica": 1, "fsdp": 8, "tensor": 1}
 
 
 @pytest.mark.parametrize(

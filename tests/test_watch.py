@@ -43,6 +43,15 @@ def test_a_hang_writes_what_each_thread_does_and_leaves_with_43(tmp_path, ends):
     assert "test_a_hang_writes_what" in said
 
 
+def test_a_folder_that_hangs_or_is_full_keeps_nobody(tmp_path, ends):
+    (tmp_path / "file").touch()
+    with watch.Watch(epath.Path(tmp_path / "file" / "run"), 0.2) as looking:
+        looking.tell("saving step 3")
+        code, message = ends()
+    assert code == 43
+    assert message.startswith("saving step 3: nothing has happened")
+
+
 def test_what_goes_on_and_what_may_take_any_time_is_no_hang(tmp_path, monkeypatch):
     ended = []
     monkeypatch.setattr(processes, "end", lambda *what: ended.append(what))
