@@ -100,7 +100,8 @@ def main() -> int:
     parser.add_argument(
         "--devices", type=int, default=4, help="CPU devices of each; 0: what there is"
     )
-    parser.add_argument("--grace", type=float, default=30.0, help="seconds")
+    # More than the 100 s after which JAX finds that a silent process is lost.
+    parser.add_argument("--grace", type=float, default=120.0, help="seconds")
     parser.add_argument("command", nargs="+", help="behind --")
     given = parser.parse_args()
     if given.count < 1:
