@@ -40,7 +40,7 @@ echo "setup: installing into $venv with Python $version (about a minute)"
 rm -rf "$venv"
 offline="the packages could not be fetched: is there a network and a package index?"
 if command -v uv >/dev/null; then
-  uv venv --quiet --python "$python" "$venv"
+  uv venv --quiet --seed --python "$python" "$venv"
   uv pip install --quiet --python "$venv" --require-hashes -r requirements.txt || stop "$offline"
   uv pip install --quiet --python "$venv" --no-deps -e . || stop "$offline"
 else

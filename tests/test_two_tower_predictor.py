@@ -86,6 +86,9 @@ def values(workdir):
     The number of texts in each call is EMBEDDED, READ the sources searched for names.
     """
     embed, read_captions = TextEmbedder.embed, judges.read_captions
+    # Made again, where a worker takes tests of this file a second time.
+    EMBEDDED.clear()
+    READ.clear()
 
     def note(self, params, texts):
         EMBEDDED.append(len(texts))

@@ -215,7 +215,7 @@ def test_what_inspect_prints_can_be_pasted_into_a_config():
 def test_inspect_ends_with_one_line_when_it_can_not(tmp_path):
     command = [sys.executable, "-m", "navit_jax.weights", "inspect", "vit_s15"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip() == (
         "inspect: vit_s15: there is no such file, and no weights have that name; "
         "known: vit_s14"
@@ -260,7 +260,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_a_file_is_read(tmp_p
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "converted"
     done = commands.run("navit_jax.weights.__main__", "convert", "none.npz", folder)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"the folder {folder} can not be written" in done.stderr
 
 

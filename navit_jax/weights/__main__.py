@@ -83,7 +83,8 @@ def main() -> None:
             named = f"as transformers names a {kind}" if kind else "under our own names"
             print(f"written: {options.folder}, {named}")
     except ConfigError as error:
-        sys.exit(f"{options.command}: {error}")
+        print(f"{options.command}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

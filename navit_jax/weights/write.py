@@ -83,7 +83,8 @@ def write(
     described["navit_jax"] = dict(model)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
-    safetensors.numpy.save_file(tensors, str(path), {"format": "pt"})
+    # Not by its `save_file`, whose files nobody else may read.
+    path.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     return name
 
