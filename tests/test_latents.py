@@ -12,7 +12,7 @@ COUNTS = (4, 1, 2, 6, 9, 12)
 
 
 def test_tokens_are_counted_by_slot_and_stand_in_its_order():
-    out = apply(build(capture=True))
+    out = apply(build("v1", ONCE, capture=True))
     np.testing.assert_array_equal(out["num_latents"], [[4, 4, 4, 0], [4, 0, 0, 0]])
     np.testing.assert_array_equal(
         out["latent_ids"][0], [1] * 4 + [2] * 4 + [3] * 4 + [0] * 4

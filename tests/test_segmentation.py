@@ -136,7 +136,10 @@ def train(name, readout="points", steps=120):
 
 
 # That points are is shown on scenes never seen, in test_segmentation_composites.py.
-@pytest.mark.parametrize("name, readout", [("navit", "points"), ("v2", "boxes")])
+@pytest.mark.parametrize(
+    "name, readout",
+    [("navit", "points"), pytest.param("v2", "boxes", marks=pytest.mark.slow)],
+)
 def test_masks_of_few_scenes_are_learned(name, readout):
     task, before, after = train(name, readout)
     first, last = judge(task, before, BATCH), judge(task, after, BATCH)
