@@ -15,6 +15,7 @@ from navit_jax import peak_flops
 from navit_jax.errors import ConfigError
 
 GIB = 2**30
+PEAK = peak_flops.PEAK_BFLOAT16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Chip:
 
 
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(32 * GIB, 275e12, 1.05e9, 9e10),
-    "v5e": Chip(16 * GIB, 197e12, 1.5e9, 9e10),
-    "v5p": Chip(95 * GIB, 459e12, 1.75e9, 1.8e11),
-    "v6e": Chip(32 * GIB, 918e12, 1.75e9, 1.8e11),
+    "v4": Chip(32 * GIB, PEAK["TPU v4"], 1.05e9, 9e10),
+    "v5e": Chip(16 * GIB, PEAK["TPU v5e"], 1.5e9, 9e10),
+    "v5p": Chip(95 * GIB, PEAK["TPU v5p"], 1.75e9, 1.8e11),
+    "v6e": Chip(32 * GIB, PEAK["TPU v6e"], 1.75e9, 1.8e11),
 }
 # What libtpu reads before it looks for a machine that is not there.
 ENVIRONMENT = {
