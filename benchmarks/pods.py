@@ -1,7 +1,8 @@
 """What full-size configs take on TPU pods, compiled for them on this machine.
 
-`python benchmarks/pods.py > docs/pods.md` writes the page; it takes the extra `tpu`. Sets that are not here are stood in for by drawings:
-memory and what is sent do not depend on them; padding and images a row do.
+`python benchmarks/pods.py > docs/pods.md` writes the page; it takes the extra `tpu`.
+Sets that are not here are stood in for by drawings: memory and what is sent do not
+depend on them; padding and images a row do.
 """
 
 import os
